@@ -1,0 +1,1 @@
+//! Virtio devices: transport, queues, data paths.
