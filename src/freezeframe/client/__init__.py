@@ -1,0 +1,1 @@
+"""Client of the REST socket; `ch-remote` and tests use it."""

@@ -1,0 +1,1 @@
+"""Control: one closed list of actions on a `Vmm`, with Cloud Hypervisor's states and errors."""
