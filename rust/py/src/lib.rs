@@ -1,11 +1,25 @@
-//! `freezeframe._core`: the only crate that names pyo3.
+//! `freezeframe._core`: the only crate that names pyo3. One file a subject; each class here is described in `src/freezeframe/_core.pyi`.
 
 use pyo3::prelude::*;
+
+mod bus;
+mod clock;
+mod control;
+mod errors;
+mod memory;
 
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::build_profile;
+    #[pymodule_export]
+    use super::bus::{Bus, CoreDevice};
+    #[pymodule_export]
+    use super::clock::Clock;
+    #[pymodule_export]
+    use super::control::Control;
+    #[pymodule_export]
+    use super::memory::Memory;
 }
 
 /// `"release"` or `"debug"`: a debug core is several times slower, callers warn about it.

@@ -1,0 +1,75 @@
+//! `Clock`: a machine's time.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use vcpu::ClockState;
+
+use crate::errors;
+
+/// Host-driven time of one machine; stands still until `resume`.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct Clock {
+    pub clock: Arc<vcpu::Clock>,
+}
+
+#[pymethods]
+impl Clock {
+    /// A clock that has never run. `tsc_khz`: the guest's TSC rate; `host_khz`: the host's, 0 when it has none that can be used.
+    #[new]
+    fn new(tsc_khz: u64, host_khz: u64) -> PyResult<Self> {
+        check_rate(tsc_khz)?;
+        Ok(Self { clock: Arc::new(vcpu::Clock::new(tsc_khz, host_khz)) })
+    }
+
+    /// A stopped clock that goes on from `state`; with `advance` as if the time since then had been lived through.
+    #[staticmethod]
+    fn from_state(state: &Bound<'_, PyAny>, host_khz: u64, advance: bool) -> PyResult<Self> {
+        let state: ClockState =
+            pythonize::depythonize(state).map_err(|e| errors::raise("Incompatible", &format!("bad clock state: {e}"), &[]))?;
+        check_rate(state.tsc_khz)?;
+        let state = if advance { state.advanced() } else { state };
+        Ok(Self { clock: Arc::new(vcpu::Clock::from_state(state, host_khz)) })
+    }
+
+    #[getter]
+    fn tsc_khz(&self) -> u64 {
+        self.clock.tsc_khz()
+    }
+
+    /// `{"tsc_khz", "tsc", "boot_ns", "wall_ns", "host_wall_ns"}` at this moment.
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        Ok(pythonize::pythonize(py, &self.clock.state())?)
+    }
+
+    /// Guest TSC now.
+    fn tsc(&self) -> u64 {
+        self.clock.tsc()
+    }
+
+    /// The ACPI PM timer: 3.579545 MHz, 32 bits.
+    fn pm_timer(&self) -> u32 {
+        (u128::from(self.clock.state().boot_ns) * 3_579_545 / 1_000_000_000) as u32
+    }
+
+    /// The guest's wall clock: nanoseconds since 1970.
+    fn wall_ns(&self) -> u64 {
+        self.clock.state().wall_ns
+    }
+
+    fn resume(&self) {
+        self.clock.resume();
+    }
+
+    fn pause(&self) {
+        self.clock.pause();
+    }
+}
+
+/// What the guest's arithmetic (and ours) can live with: 1 MHz to 100 GHz.
+fn check_rate(tsc_khz: u64) -> PyResult<()> {
+    if (1_000..=100_000_000).contains(&tsc_khz) {
+        return Ok(());
+    }
+    Err(errors::refused(format!("a TSC rate of {tsc_khz} kHz: 1000 to 100000000")))
+}
