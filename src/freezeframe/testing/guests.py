@@ -1,0 +1,51 @@
+"""Tiny guests, assembled when asked for: ELF images with a PVH entry note (type 18) that any VMM can boot as a kernel.
+
+They need GNU `as` and `ld` for x86-64 (Debian: `binutils`; every machine that can link Rust there has them).
+All of them talk on the first serial port (I/O 0x3f8), a line at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import tempfile
+
+__all__ = ["tick"]
+
+_SOURCES = os.path.join(os.path.dirname(__file__), "asm")
+
+
+@functools.cache
+def _assemble(name: str, symbols: tuple[tuple[str, int], ...] = ()) -> bytes:
+    """The image of `asm/<name>.s` with `symbols` defined. RuntimeError says what the assembler or linker said."""
+    with tempfile.TemporaryDirectory(prefix="freezeframe-guest-") as directory:
+        obj = os.path.join(directory, "guest.o")
+        elf = os.path.join(directory, "guest.elf")
+        defined = [part for key, value in symbols for part in ("--defsym", f"{key}={value:#x}")]
+        source = os.path.join(_SOURCES, f"{name}.s")
+        _run(["as", "--64", "-I", _SOURCES, *defined, "-o", obj, source])
+        script = os.path.join(_SOURCES, "guest.ld")
+        _run(["ld", "-m", "elf_x86_64", "-n", "-z", "noexecstack", "--no-warn-rwx-segments", "-T", script, "-o", elf, obj])
+        with open(elf, "rb") as file:
+            return file.read()
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise RuntimeError(f"`{command[0]}` is needed to assemble the tiny guests: apt install binutils") from None
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def tick(*, base: int = 0x40_0000, size: int = 0x10_0000, spin: int = 0) -> bytes:
+    """A guest that never stops counting: `READY`, then `T 1`, `T 2`, …, one line each.
+
+    Before each line it checks and rewrites every doubleword of `size` bytes of RAM at physical address `base`
+    (above the image at 1 MiB; both multiples of 4) with a pattern of address and round, and compares its counters in
+    registers with those in RAM. On the first difference it prints `BAD <address> is <value> wants <value>`
+    or `BAD register` and halts. `spin`: loop turns between lines.
+    """
+    return _assemble("tick", (("BASE", base), ("SIZE", size), ("SPIN", spin)))
