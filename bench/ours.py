@@ -1,0 +1,83 @@
+"""freezeframe under measurement, by its command line and its socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.process import DEADLINE_S, Vmm
+
+BIN = Path(sys.executable).parent
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(DEADLINE_S)
+        self.sock.connect(str(self._path))
+
+
+class Ours:
+    name = "freezeframe"
+
+    def __init__(self, scratch: Path, cpus: int, memory: str, kernel: Path, initramfs: Path, cmdline: str, disk: Path) -> None:
+        self._scratch, self._cpus, self._memory = scratch, cpus, memory
+        self._guest = (kernel, initramfs, cmdline, disk)
+        self._number = 0
+        self._socket = scratch / "ours.sock"
+
+    def boot(self) -> Vmm:
+        kernel, initramfs, cmdline, disk = self._guest
+        self._number += 1
+        self._socket = self._scratch / f"ours-{self._number}.sock"
+        return Vmm([
+            str(BIN / "cloud-hypervisor"), "--api-socket", str(self._socket), "--cpus", f"boot={self._cpus}", "--memory", f"size={self._memory}",
+            "--kernel", str(kernel), "--initramfs", str(initramfs), "--cmdline", f"{cmdline} console=hvc0", "--disk", f"path={disk}",
+        ])  # fmt: skip
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        connection = _Connection(self._socket)
+        connection.request(method, f"/api/v1/{path}", None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        if response.status >= 300:
+            raise RuntimeError(f"{path}: {response.status} {data!r}")
+        return json.loads(data) if data else None
+
+    def pause(self) -> float:
+        began = time.monotonic()
+        self._call("PUT", "vm.pause")
+        return time.monotonic() - began
+
+    def snapshot(self, where: Path) -> float:
+        where.mkdir()
+        began = time.monotonic()
+        self._call("PUT", "vm.snapshot", {"destination_url": f"file://{where}"})
+        return time.monotonic() - began
+
+    def restore(self, where: Path) -> tuple[Vmm, float]:
+        """A new process with the machine restored and paused, and how long that took from before its start."""
+        self._number += 1
+        self._socket = self._scratch / f"ours-{self._number}.sock"
+        vmm = Vmm([str(BIN / "cloud-hypervisor"), "--api-socket", str(self._socket), "--restore", f"source_url=file://{where}"])
+        while True:
+            try:
+                if self._call("GET", "vm.info")["state"] == "Paused":
+                    return vmm, time.monotonic() - vmm.started
+            except (OSError, RuntimeError):
+                if vmm.process.poll() is not None or time.monotonic() - vmm.started > DEADLINE_S:
+                    raise
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        self._call("PUT", "vm.resume")
