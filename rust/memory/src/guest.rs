@@ -1,72 +1,16 @@
+//! All RAM of one machine.
+
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use crate::{MemoryError, PAGE_SIZE};
-
-/// What a region is asked to be. `gpa` and `size` in bytes, both multiples of the page size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RegionLayout {
-    pub gpa: u64,
-    pub size: u64,
-}
+use crate::region::Region;
+use crate::{MemoryError, PAGE_SIZE, RegionLayout, Source};
 
 /// The page holds bytes that an engine has decoded or translated.
 const PAGE_CODE: u8 = 1;
 /// The page was written since tracking began.
 const PAGE_DIRTY: u8 = 2;
-
-/// One mapped run of guest RAM.
-pub struct Region {
-    layout: RegionLayout,
-    host: NonNull<u8>,
-    pages: Box<[AtomicU8]>,
-}
-
-// SAFETY: the mapping lives as long as the region and is shared memory by nature: the guest's vCPUs and
-// devices race on it exactly as they do on hardware. Nothing in it is a Rust reference.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
-
-impl Region {
-    fn new(layout: RegionLayout) -> Result<Self, MemoryError> {
-        // SAFETY: an anonymous private mapping at an address of the kernel's choice.
-        let host = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                layout.size as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if host == libc::MAP_FAILED {
-            return Err(MemoryError::Host {
-                what: format!("cannot map {} bytes of guest RAM", layout.size),
-                source: std::sync::Arc::new(std::io::Error::last_os_error()),
-            });
-        }
-        let pages = (0..layout.size / PAGE_SIZE).map(|_| AtomicU8::new(0)).collect();
-        Ok(Self { layout, host: NonNull::new(host.cast()).expect("mmap gave null"), pages })
-    }
-
-    pub fn layout(&self) -> RegionLayout {
-        self.layout
-    }
-
-    fn contains(&self, gpa: u64) -> bool {
-        gpa.wrapping_sub(self.layout.gpa) < self.layout.size
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // SAFETY: this is the mapping made in `new`, and nobody can hold a pointer past the region.
-        unsafe { libc::munmap(self.host.as_ptr().cast(), self.layout.size as usize) };
-    }
-}
 
 /// All RAM of one machine.
 ///
@@ -82,14 +26,24 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Maps zeroed RAM. Regions must be page aligned, ascending and disjoint.
     pub fn new(layout: &[RegionLayout]) -> Result<Self, MemoryError> {
+        Self::build(layout.iter().map(|&region| (region, None)).collect())
+    }
+
+    /// Maps RAM whose bytes come from a snapshot, each chunk when it is first needed. [`GuestMemory::load_all`] takes
+    /// them all at once.
+    pub fn restore(regions: Vec<(RegionLayout, Source)>) -> Result<Self, MemoryError> {
+        Self::build(regions.into_iter().map(|(region, source)| (region, Some(source))).collect())
+    }
+
+    fn build(regions: Vec<(RegionLayout, Option<Source>)>) -> Result<Self, MemoryError> {
         let mut end = 0;
-        for r in layout {
+        for (r, _) in &regions {
             if r.size == 0 || r.gpa % PAGE_SIZE != 0 || r.size % PAGE_SIZE != 0 || r.gpa < end {
                 return Err(MemoryError::Layout(format!("region {:#x}+{:#x}", r.gpa, r.size)));
             }
             end = r.gpa.checked_add(r.size).ok_or_else(|| MemoryError::Layout("address overflow".into()))?;
         }
-        let regions = layout.iter().map(|&r| Region::new(r)).collect::<Result<_, _>>()?;
+        let regions = regions.into_iter().map(|(r, source)| Region::new(r, source)).collect::<Result<_, _>>()?;
         Ok(Self { regions, code_writes: Mutex::new(Vec::new()), code_write_pending: AtomicBool::new(false) })
     }
 
@@ -97,6 +51,11 @@ impl GuestMemory {
         &self.regions
     }
 
+    pub(crate) fn regions_mut(&mut self) -> &mut [Region] {
+        &mut self.regions
+    }
+
+    #[inline]
     fn region(&self, gpa: u64) -> Option<&Region> {
         self.regions.iter().find(|r| r.contains(gpa))
     }
@@ -107,49 +66,87 @@ impl GuestMemory {
     }
 
     /// Host address of the 4 KiB page that holds `gpa` (which may be unaligned), its contents verified; `None` when it is not RAM.
+    #[inline]
     pub fn host_page(&self, gpa: u64) -> Result<Option<NonNull<u8>>, MemoryError> {
         let Some(region) = self.region(gpa) else { return Ok(None) };
-        let offset = (gpa - region.layout.gpa) & !(PAGE_SIZE - 1);
-        // SAFETY: `offset` is inside the mapping because the region contains `gpa`.
-        Ok(Some(unsafe { region.host.add(offset as usize) }))
+        let offset = (gpa - region.layout().gpa) & !(PAGE_SIZE - 1);
+        region.ensure(offset)?;
+        Ok(Some(region.host().at(offset)))
     }
 
-    /// Reads `data.len()` bytes at `gpa`; the range may cross pages but not leave RAM.
+    /// Host address of `gpa` when all `len` bytes from there are RAM of one region, verified: one run of host memory for
+    /// a disk to read into or write from. After writing through it call [`GuestMemory::written`].
+    pub fn host_range(&self, gpa: u64, len: u64) -> Result<NonNull<u8>, MemoryError> {
+        let not_ram = MemoryError::NotRam { gpa, len };
+        let Some(region) = self.region(gpa) else { return Err(not_ram) };
+        let offset = gpa - region.layout().gpa;
+        if len > region.layout().size - offset {
+            return Err(not_ram);
+        }
+        let mut at = offset;
+        while at < offset + len {
+            region.ensure(at)?;
+            at += region.ensured_span(at);
+        }
+        Ok(region.host().at(offset))
+    }
+
+    /// Reads `data.len()` bytes at `gpa`; the range may cross pages and touching regions but not leave RAM.
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> Result<(), MemoryError> {
-        self.for_each_page(gpa, data.len(), |host, at, n| {
-            // SAFETY: `host` points at `n` readable bytes of one guest page and `at..at + n` is inside `data`.
-            unsafe { std::ptr::copy_nonoverlapping(host, data.as_mut_ptr().add(at), n) };
+        self.check(gpa, data.len() as u64)?;
+        self.for_each_span(gpa, data.len(), |region, offset, at, n| {
+            region.ensure(offset)?;
+            region.host().copy_out(offset, &mut data[at..at + n]);
+            Ok(())
         })
     }
 
-    /// Writes as a device or loader does: pages become dirty and translated code in them is reported.
+    /// Writes as a device or loader does: pages become dirty and translated code in them is reported. Nothing is
+    /// written when part of the range is not RAM.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemoryError> {
-        self.for_each_page(gpa, data.len(), |host, at, n| {
-            // SAFETY: `host` points at `n` writable bytes of one guest page and `at..at + n` is inside `data`.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr().add(at), host, n) };
+        self.check(gpa, data.len() as u64)?;
+        self.for_each_span(gpa, data.len(), |region, offset, at, n| {
+            region.ensure(offset)?;
+            region.host().copy_in(offset, &data[at..at + n]);
+            Ok(())
         })?;
         self.written(gpa, data.len() as u64);
         Ok(())
     }
 
     /// To be called after writing `len` bytes at `gpa` through a pointer instead of [`GuestMemory::write`].
+    /// What is not RAM of it is ignored.
     pub fn written(&self, gpa: u64, len: u64) {
-        let mut page = gpa & !(PAGE_SIZE - 1);
-        while page < gpa + len {
-            if self.flags(page, |f| f.fetch_or(PAGE_DIRTY, Ordering::Relaxed)).unwrap_or(0) & PAGE_CODE != 0 {
-                self.code_writes.lock().unwrap_or_else(|e| e.into_inner()).push((gpa, len));
+        let Some(last) = len.checked_sub(1).map(|n| gpa.saturating_add(n)) else { return };
+        for region in &self.regions {
+            let layout = region.layout();
+            let (from, to) = (gpa.max(layout.gpa), last.min(layout.gpa + (layout.size - 1)));
+            if from > to {
+                continue;
+            }
+            let pages = (from - layout.gpa) / PAGE_SIZE..=(to - layout.gpa) / PAGE_SIZE;
+            let mut code = false;
+            for flags in &region.pages[*pages.start() as usize..=*pages.end() as usize] {
+                let was = flags.load(Ordering::Relaxed);
+                if was & PAGE_DIRTY == 0 {
+                    flags.fetch_or(PAGE_DIRTY, Ordering::Relaxed);
+                }
+                code |= was & PAGE_CODE != 0;
+            }
+            if code {
+                self.code_writes.lock().unwrap_or_else(|e| e.into_inner()).push((from, to - from + 1));
                 self.code_write_pending.store(true, Ordering::Release);
             }
-            page += PAGE_SIZE;
         }
     }
 
     /// Whether [`GuestMemory::take_code_writes`] has something. One relaxed load: engines poll it.
+    #[inline]
     pub fn code_write_pending(&self) -> bool {
         self.code_write_pending.load(Ordering::Relaxed)
     }
 
-    /// Ranges (GPA, bytes) of code pages that a device wrote since the last call.
+    /// Ranges (GPA, bytes) with code pages in them that a device wrote since the last call.
     pub fn take_code_writes(&self) -> Vec<(u64, u64)> {
         self.code_write_pending.store(false, Ordering::Release);
         std::mem::take(&mut *self.code_writes.lock().unwrap_or_else(|e| e.into_inner()))
@@ -169,23 +166,50 @@ impl GuestMemory {
 
     /// The engine is about to hand out write access to this page.
     pub fn mark_dirty(&self, gpa: u64) {
-        self.flags(gpa, |f| f.fetch_or(PAGE_DIRTY, Ordering::Relaxed));
+        self.flags(gpa, |f| {
+            if f.load(Ordering::Relaxed) & PAGE_DIRTY == 0 {
+                f.fetch_or(PAGE_DIRTY, Ordering::Relaxed);
+            }
+        });
     }
 
+    #[inline]
     fn flags<R>(&self, gpa: u64, f: impl FnOnce(&AtomicU8) -> R) -> Option<R> {
         let region = self.region(gpa)?;
-        Some(f(&region.pages[((gpa - region.layout.gpa) / PAGE_SIZE) as usize]))
+        Some(f(&region.pages[((gpa - region.layout().gpa) / PAGE_SIZE) as usize]))
     }
 
-    fn for_each_page(&self, gpa: u64, len: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> Result<(), MemoryError> {
+    /// That every byte of the range is RAM.
+    fn check(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        let mut left = len;
+        let mut at = gpa;
+        while left > 0 {
+            let Some(region) = self.region(at) else { return Err(MemoryError::NotRam { gpa, len }) };
+            let here = (region.layout().size - (at - region.layout().gpa)).min(left);
+            left -= here;
+            at = match at.checked_add(here) {
+                Some(next) => next,
+                None if left == 0 => break,
+                None => return Err(MemoryError::NotRam { gpa, len }),
+            };
+        }
+        Ok(())
+    }
+
+    /// Cuts a checked range where regions and chunks end: `f(region, offset in it, offset in the range, bytes)`.
+    fn for_each_span(
+        &self,
+        gpa: u64,
+        len: usize,
+        mut f: impl FnMut(&Region, u64, usize, usize) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
         let mut done = 0;
         while done < len {
-            let at = gpa.wrapping_add(done as u64);
-            let page = self.host_page(at)?.ok_or(MemoryError::NotRam { gpa, len: len as u64 })?;
-            let offset = (at & (PAGE_SIZE - 1)) as usize;
-            let n = (PAGE_SIZE as usize - offset).min(len - done);
-            // SAFETY: `offset` is less than a page and `page` points at a whole mapped page.
-            f(unsafe { page.as_ptr().add(offset) }, done, n);
+            let at = gpa + done as u64;
+            let region = self.region(at).ok_or(MemoryError::NotRam { gpa, len: len as u64 })?;
+            let offset = at - region.layout().gpa;
+            let n = region.ensured_span(offset).min((len - done) as u64) as usize;
+            f(region, offset, done, n)?;
             done += n;
         }
         Ok(())
