@@ -184,9 +184,9 @@ impl ChunkWriter<'_> {
         };
         let bytes = &self.buffer[..len];
         let mut written = 0;
-        let mut pages = bytes.chunks(PAGE_SIZE as usize).map(|page| !is_zero(page)).chain([false]).enumerate();
+        let pages = bytes.chunks(PAGE_SIZE as usize).map(|page| !is_zero(page)).chain([false]).enumerate();
         let mut first = None;
-        while let Some((page, filled)) = pages.next() {
+        for (page, filled) in pages {
             match (filled, first) {
                 (true, None) => first = Some(page),
                 (false, Some(from)) => {

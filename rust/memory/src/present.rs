@@ -155,7 +155,7 @@ mod tests {
         let host = memory.regions()[0].host();
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let wanted =
-            vec![(0, 3 * PAGE_SIZE), (77 * PAGE_SIZE, PAGE_SIZE), (4096 * PAGE_SIZE, PAGE_SIZE), (16383 * PAGE_SIZE, PAGE_SIZE)];
+            [(0, 3 * PAGE_SIZE), (77 * PAGE_SIZE, PAGE_SIZE), (4096 * PAGE_SIZE, PAGE_SIZE), (16383 * PAGE_SIZE, PAGE_SIZE)];
         let covers = |runs: &[(u64, u64)]| wanted.iter().all(|w| runs.iter().any(|r| r.0 <= w.0 && w.0 + w.1 <= r.0 + r.1));
         let runs = read(&pagemap, host.address() as u64, size).unwrap();
         assert!(covers(&runs), "{runs:?}");
