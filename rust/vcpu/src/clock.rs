@@ -81,6 +81,12 @@ impl Clock {
         self.tsc_khz
     }
 
+    /// Nanoseconds that `ticks` of the guest's TSC take, rounded down. `boot_ns` moves by this and nothing else, so that a
+    /// kvm-clock page that the guest extrapolates by TSC never runs ahead of the next one.
+    pub fn ns(&self, ticks: u64) -> u64 {
+        (u128::from(ticks) * 1_000_000 / u128::from(self.tsc_khz.max(1))).min(u128::from(u64::MAX)) as u64
+    }
+
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
         if self.native && self.running.load(Ordering::Acquire) {
@@ -104,8 +110,8 @@ impl Clock {
         ClockState {
             tsc_khz: self.tsc_khz,
             tsc,
-            boot_ns: epoch.state.boot_ns + ns,
-            wall_ns: epoch.state.wall_ns + ns,
+            boot_ns: epoch.state.boot_ns.saturating_add(self.ns(tsc.wrapping_sub(epoch.state.tsc))),
+            wall_ns: epoch.state.wall_ns.saturating_add(ns),
             host_wall_ns: host_wall_ns(),
         }
     }

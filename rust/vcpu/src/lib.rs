@@ -4,6 +4,7 @@ pub mod bus;
 pub mod clock;
 pub mod control;
 pub mod engine;
+pub mod ioapic;
 pub mod irq;
 pub mod state;
 
@@ -11,5 +12,6 @@ pub use bus::{Bus, Device, Space};
 pub use clock::{Clock, ClockState};
 pub use control::{Control, Work};
 pub use engine::{Engine, EngineError, Stop};
+pub use ioapic::{Ioapic, IoapicState};
 pub use irq::{EoiListener, IrqSink};
 pub use state::VcpuState;
