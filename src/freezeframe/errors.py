@@ -12,6 +12,7 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Self
 
 
 class FreezeframeError(Exception):
@@ -28,6 +29,12 @@ class FreezeframeError(Exception):
         self.message = message
         self.hint = hint
         self.detail: Mapping[str, object] = detail or {}
+        self.chain: tuple[str, ...] = ()
+
+    def chained(self, *chain: str) -> Self:
+        """Sets the texts that Cloud Hypervisor's API and commands give for this failure, outermost first; ours comes last."""
+        self.chain = chain
+        return self
 
     def __str__(self) -> str:
         return self.message
@@ -124,12 +131,18 @@ def os_error_text(error: OSError) -> str:
 
 
 def chain_messages(error: BaseException) -> list[str]:
-    """The messages of an error and of its causes, outermost first; a hint follows the message that it belongs to."""
+    """The messages of an error and of its causes, outermost first; a hint follows the message that it belongs to.
+
+    An error with a chain of its own (`chained`) says all there is: its causes are in there.
+    """
     messages: list[str] = []
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, FreezeframeError):
+            messages.extend(current.chain)
             messages.append(current.message if current.hint is None else f"{current.message} ({current.hint})")
+            if current.chain:
+                break
         elif isinstance(current, OSError):
             messages.append(os_error_text(current))
         else:

@@ -7,6 +7,7 @@ mod clock;
 mod control;
 mod errors;
 mod memory;
+mod store;
 
 #[pymodule]
 mod _core {
@@ -20,6 +21,8 @@ mod _core {
     use super::control::Control;
     #[pymodule_export]
     use super::memory::Memory;
+    #[pymodule_export]
+    use super::store::{blake3, restore_memory, write_region};
 }
 
 /// `"release"` or `"debug"`: a debug core is several times slower, callers warn about it.

@@ -30,6 +30,13 @@ impl Memory {
         self.memory.regions().iter().map(|r| (r.layout().gpa, r.layout().size)).collect()
     }
 
+    /// Of each region that is taken from a snapshot when needed: (chunks that the snapshot stores, chunks taken so far).
+    /// `None` when nothing is left to take: a booted machine, or one restored with `copy`.
+    #[getter]
+    fn lazy(&self) -> Option<Vec<(u64, u64)>> {
+        self.memory.regions().iter().map(|r| r.source_stats().map(|s| (s.stored, s.loaded))).collect()
+    }
+
     /// `size` bytes from `gpa`; raises `Refused` when the range leaves RAM.
     fn read<'py>(&self, py: Python<'py>, gpa: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
         // Checked first: the size may come from a guest, and nothing is to be allocated for a bad one.
