@@ -6,6 +6,8 @@ mod bus;
 mod clock;
 mod control;
 mod errors;
+mod http;
+mod json;
 mod memory;
 mod store;
 
@@ -19,6 +21,10 @@ mod _core {
     use super::clock::Clock;
     #[pymodule_export]
     use super::control::Control;
+    #[pymodule_export]
+    use super::http::{http_request, http_response};
+    #[pymodule_export]
+    use super::json::{JsonSchema, debug_text};
     #[pymodule_export]
     use super::memory::Memory;
     #[pymodule_export]
