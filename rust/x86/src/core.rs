@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use memory::{GuestMemory, MemoryError};
-use vcpu::{Bus, Clock, Control};
+use vcpu::{Bus, Clock, Control, EngineError};
 
-use crate::insn::Fault;
+use crate::cache::JumpCache;
+use crate::insn::{Fault, HIGH8, Insn};
 use crate::state::Cpu;
+use crate::tlb::{self, Tlb};
 
 pub const DE: u8 = 0;
 pub const DB: u8 = 1;
@@ -39,6 +41,10 @@ pub enum Pending {
     Exception(Exception),
     /// The host side failed: damaged snapshot memory. The engine stops here, before the instruction.
     Memory(MemoryError),
+    /// The engine cannot execute this instruction; it stops before it.
+    Failed(EngineError),
+    /// The machine is to be reset.
+    TripleFault,
 }
 
 /// What all vCPUs of a machine share.
@@ -55,13 +61,141 @@ pub struct Core {
     pub shared: Arc<Shared>,
     /// Set together with returning [`Fault`].
     pub fault: Option<Pending>,
+    /// The #GP in `fault` is of a non-canonical address: the loop turns it into #SS for stack references.
+    pub(crate) noncanonical: bool,
+    /// PAUSE was executed: the loop gives the turn back.
+    pub(crate) yielded: bool,
+    /// Guest physical page of this vCPU's xAPIC registers; `u64::MAX` when disabled or in x2APIC mode.
+    pub lapic_page: u64,
+    pub(crate) tlb: Tlb,
+    /// Which half of the TLB instructions use now: 0 or [`tlb::USER`]. Follows CPL.
+    pub(crate) half: usize,
+    /// Where the loop stops in the running block: one past the last instruction it may execute. Null once something asked to
+    /// leave at the next instruction boundary (see [`Core::leave`]).
+    pub(crate) stop_at: *const Insn,
+    /// Instructions that the run loop may still execute, as seen by REP handlers (each iteration counts one).
+    pub(crate) budget: u64,
+    /// Guest physical ranges with decoded code that were written: the loop drops the blocks at the next boundary.
+    pub(crate) code_written: Vec<(u64, u64)>,
+    /// Number of the current set of translations as far as fetching goes; jump cache entries of others are stale.
+    pub(crate) epoch: u64,
+    pub(crate) jumps: JumpCache,
 }
 
+// SAFETY: `stop_at` is compared only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
+// the core does; neither is tied to a thread.
+unsafe impl Send for Core {}
+
 impl Core {
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            cpu: Cpu { flags: crate::state::flags::FIXED, lf_res: 3, mxcsr: 0x1f80, ..Cpu::default() },
+            shared,
+            fault: None,
+            noncanonical: false,
+            yielded: false,
+            lapic_page: u64::MAX,
+            tlb: Tlb::default(),
+            half: 0,
+            stop_at: std::ptr::null(),
+            budget: 0,
+            code_written: Vec::new(),
+            epoch: 1,
+            jumps: JumpCache::default(),
+        }
+    }
+
     /// `return Err(core.raise(GP, Some(0)))`.
     #[cold]
     pub fn raise(&mut self, vector: u8, error: Option<u32>) -> Fault {
         self.fault = Some(Pending::Exception(Exception { vector, error, cr2: 0 }));
         Fault
+    }
+
+    /// `return Err(core.unsupported(message))`: stops the machine before this instruction.
+    #[cold]
+    pub fn unsupported(&mut self, message: String) -> Fault {
+        self.fault = Some(Pending::Failed(EngineError::new("unsupported-instruction", message)));
+        Fault
+    }
+
+    /// Makes the loop leave the running block at the end of this instruction, whatever [`Flow`](crate::insn::Flow) it returns.
+    #[inline(always)]
+    pub fn leave(&mut self) {
+        self.stop_at = std::ptr::null();
+    }
+
+    /// Recomputes what is derived from CPL and the segments. The loop calls it after every `Leave`, `LeaveJump` and delivered
+    /// exception; a handler needs it only when it goes on to access memory after it changed CPL.
+    pub fn refresh(&mut self) {
+        self.half = if self.cpu.cpl == 3 { tlb::USER } else { 0 };
+        for i in 0..6 {
+            self.cpu.seg_base[i] = self.cpu.seg[i].base;
+        }
+    }
+
+    /// CR3 was written: drops translations that are not global.
+    pub fn flush_tlb(&mut self) {
+        self.tlb.flush();
+        self.new_epoch();
+    }
+
+    /// CR0, CR4 or EFER paging bits were written, or the state was replaced: drops all translations.
+    pub fn flush_tlb_all(&mut self) {
+        self.tlb.flush_all();
+        self.new_epoch();
+    }
+
+    /// INVLPG.
+    pub fn flush_page(&mut self, linear: u64) {
+        self.tlb.drop_page(linear);
+        if self.tlb.was_fetched(linear) {
+            self.new_epoch();
+        }
+    }
+
+    pub(crate) fn new_epoch(&mut self) {
+        self.epoch += 1;
+        self.tlb.clear_fetched();
+    }
+}
+
+impl Cpu {
+    /// 8-bit register by operand number: 0–15 low byte, `HIGH8 | n` second byte of register n.
+    #[inline(always)]
+    pub fn r8(&self, r: u8) -> u8 {
+        (self.gpr[usize::from(r & 15)] >> ((r & HIGH8) >> 2)) as u8
+    }
+    #[inline(always)]
+    pub fn r16(&self, r: u8) -> u16 {
+        self.gpr[usize::from(r & 31)] as u16
+    }
+    #[inline(always)]
+    pub fn r32(&self, r: u8) -> u32 {
+        self.gpr[usize::from(r & 31)] as u32
+    }
+    #[inline(always)]
+    pub fn r64(&self, r: u8) -> u64 {
+        self.gpr[usize::from(r & 31)]
+    }
+    #[inline(always)]
+    pub fn set_r8(&mut self, r: u8, v: u8) {
+        let shift = (r & HIGH8) >> 2;
+        let g = &mut self.gpr[usize::from(r & 15)];
+        *g = *g & !(0xff << shift) | u64::from(v) << shift;
+    }
+    #[inline(always)]
+    pub fn set_r16(&mut self, r: u8, v: u16) {
+        let g = &mut self.gpr[usize::from(r & 31)];
+        *g = *g & !0xffff | u64::from(v);
+    }
+    /// Zero-extends, as in 64-bit mode.
+    #[inline(always)]
+    pub fn set_r32(&mut self, r: u8, v: u32) {
+        self.gpr[usize::from(r & 31)] = u64::from(v);
+    }
+    #[inline(always)]
+    pub fn set_r64(&mut self, r: u8, v: u64) {
+        self.gpr[usize::from(r & 31)] = v;
     }
 }

@@ -1,8 +1,18 @@
 //! The software engine: x86-64 in plain Rust, no privilege, no device file, any host.
 //!
 //! Who does what (see docs/design/engine.md): [`state`] what is architectural; [`insn`] the decoded form and
-//! the handlers' contract; [`core`] one vCPU with its TLBs; `exec` the handlers.
+//! the handlers' contract; [`core`] one vCPU with its TLBs; [`mmu`] every access to guest memory; [`decode`] and
+//! [`cache`] from bytes to blocks; [`run`] the block loop; [`exec`] the handlers; [`events`] exceptions and interrupts.
 
+pub mod cache;
 pub mod core;
+pub mod decode;
+pub mod events;
+pub mod exec;
+pub mod flags;
 pub mod insn;
+pub mod lapic;
+pub mod mmu;
+pub mod run;
 pub mod state;
+pub mod tlb;
