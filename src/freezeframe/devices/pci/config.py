@@ -82,7 +82,7 @@ class ConfigSpace:
             self._writable[field.offset + n] |= bits
 
     def add_bar(self, bar: Bar) -> None:
-        """The low bits say memory, 32 or 64 bits wide, not prefetchable; the address bits above the size can be written."""
+        """The low bits say memory, 32 or 64 bits wide, not prefetchable; address bits above the size can be written."""
         size = 8 if bar.wide else 4
         offset = BAR0 + 4 * bar.index
         self._bytes[offset] = BAR_MEMORY_64 if bar.wide else 0

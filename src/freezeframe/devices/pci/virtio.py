@@ -139,7 +139,7 @@ class VirtioFunction:
         return dict(self._config.state())
 
     def _window(self) -> tuple[int, int] | None:
-        """(offset, size) of the access that the PCI configuration access capability asks for (4.1.4.9), if it is a valid one."""
+        """(offset, size) of what the PCI configuration access capability asks for (4.1.4.9), if that is valid."""
         offset, length = self._config.get("window_offset"), self._config.get("window_length")
         valid = self._config.get("window_bar") == 0 and length in (1, 2, 4) and offset + length <= BAR_SIZE
         return (offset, length) if valid and offset % length == 0 else None
