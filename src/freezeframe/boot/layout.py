@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from freezeframe.errors import Refused
 
 KIB = 1 << 10
@@ -54,14 +52,17 @@ def pci_irq(slot: int) -> int:
     return PCI_IRQ_BASE + slot % PCI_IRQS
 
 
-@dataclass(frozen=True, slots=True)
 class AddressMap:
     """Where everything is in one machine. Ranges are (first, last + 1)."""
 
-    regions: tuple[tuple[int, int], ...]  # RAM: (address, size)
-    mem32: tuple[int, int]
-    mem64: tuple[int, int]
-    ged: int
+    __slots__ = ("ged", "mem32", "mem64", "regions")
+
+    def __init__(self, regions: tuple[tuple[int, int], ...], mem64: tuple[int, int], ged: int) -> None:
+        """`regions`: RAM as (address, size)."""
+        self.regions = regions
+        self.mem32 = (MEM32_START, ECAM)
+        self.mem64 = mem64
+        self.ged = ged
 
     def e820(self) -> list[tuple[int, int, int]]:
         """(address, size, type) as the kernel is told: no RAM between 640 KiB and 1 MiB."""
@@ -89,4 +90,4 @@ def address_map(ram: int, phys_bits: int) -> AddressMap:
         raise Refused(f"memory size {ram} does not fit into {phys_bits} physical address bits")
     # The platform area is handed out from its top: PCI hotplug, CPU hotplug (both not built, addresses kept), GED.
     ged = top + MIB - 3 * PAGE
-    return AddressMap(tuple(regions), (MEM32_START, ECAM), (mem64, top), ged)
+    return AddressMap(tuple(regions), (mem64, top), ged)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
 
 from freezeframe.devices import saved
 from freezeframe.devices.pci.config import ConfigSpace, Identity
 from freezeframe.errors import Refused
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Protocol
+
     from collections.abc import Mapping
 
     from freezeframe._core import Bus, CoreDevice
+
+    class Function(Protocol):
+        """A function 0 of a slot. `bars` says what it decodes right now: (address, size, registers)."""
+
+        def read(self, offset: int, size: int) -> int: ...
+        def write(self, offset: int, size: int, value: int) -> None: ...
+        def bars(self) -> list[tuple[int, int, CoreDevice]]: ...
+        def state(self) -> dict[str, Any]: ...
+
 
 ID = "__pci"
 PORT = 0xCF8
@@ -19,15 +30,6 @@ PORTS = 8
 ENABLE = 1 << 31
 SLOTS = 32
 HOST_BRIDGE = Identity(0x8086, 0x0D57, 0x060000)
-
-
-class Function(Protocol):
-    """A function 0 of a slot. `bars` says what it decodes right now: (address, size, registers)."""
-
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
-    def bars(self) -> list[tuple[int, int, CoreDevice]]: ...
-    def state(self) -> dict[str, Any]: ...
 
 
 class HostBridge:

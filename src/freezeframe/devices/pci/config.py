@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from freezeframe.devices import saved
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from collections.abc import Mapping
 
 COMMAND_MEMORY = 1 << 1
@@ -22,39 +23,50 @@ BAR0 = 0x10
 BAR_MEMORY_64 = 0b100
 
 
-@dataclass(frozen=True, slots=True)
 class Field:
     """A writable field: `size` bytes at `offset`, of which the bits in `mask` can be written."""
 
-    offset: int
-    size: int
-    mask: int
+    __slots__ = ("mask", "offset", "size")
+
+    def __init__(self, offset: int, size: int, mask: int) -> None:
+        self.offset = offset
+        self.size = size
+        self.mask = mask
 
 
-@dataclass(frozen=True, slots=True)
 class Bar:
-    """A memory BAR. `size` in bytes, a power of two of at least 16."""
+    """A memory BAR. `size` in bytes, a power of two of at least 16; `wide`: 64 bits."""
 
-    index: int
-    size: int
-    wide: bool
+    __slots__ = ("index", "name", "size", "wide")
 
-    @property
-    def name(self) -> str:
-        return f"bar{self.index}"
+    def __init__(self, index: int, size: int, *, wide: bool) -> None:
+        self.index = index
+        self.size = size
+        self.wide = wide
+        self.name = f"bar{index}"
 
 
-@dataclass(frozen=True, slots=True)
 class Identity:
-    """`class_code`: base class, subclass, programming interface as one 24-bit number. `pin`: 1 = INTA, 0 = none."""
+    """Who a function is. `class_code`: base class, subclass, programming interface. `pin`: 1 = INTA, 0 = none."""
 
-    vendor: int
-    device: int
-    class_code: int
-    revision: int = 0
-    subsystem_vendor: int = 0
-    subsystem: int = 0
-    pin: int = 0
+    __slots__ = ("class_code", "device", "pin", "revision", "subsystem", "vendor")
+
+    def __init__(
+        self,
+        vendor: int,
+        device: int,
+        class_code: int,
+        revision: int = 0,
+        subsystem: tuple[int, int] = (0, 0),
+        pin: int = 0,
+    ) -> None:
+        """`subsystem`: (vendor, device)."""
+        self.vendor = vendor
+        self.device = device
+        self.class_code = class_code
+        self.revision = revision
+        self.subsystem = subsystem
+        self.pin = pin
 
 
 class ConfigSpace:
@@ -69,7 +81,7 @@ class ConfigSpace:
         self._link = 0x34
         struct.pack_into("<HH", self._bytes, 0, identity.vendor, identity.device)
         struct.pack_into("<I", self._bytes, 8, identity.class_code << 8 | identity.revision)
-        struct.pack_into("<HH", self._bytes, 0x2C, identity.subsystem_vendor, identity.subsystem)
+        struct.pack_into("<HH", self._bytes, 0x2C, *identity.subsystem)
         self._bytes[0x3D] = identity.pin
         self.add_field("command", Field(4, 2, COMMAND_WRITABLE))
         self.add_field("cache_line_size", Field(0x0C, 1, 0xFF))

@@ -7,8 +7,6 @@ Hypervisor's (`virtio-devices/src/transport/pci_device.rs`).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
 
 from freezeframe.devices.pci.config import (
     COMMAND_INTX_OFF,
@@ -19,7 +17,10 @@ from freezeframe.devices.pci.config import (
     Identity,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Protocol
+
     from collections.abc import Mapping
 
     from freezeframe._core import CoreDevice
@@ -45,24 +46,16 @@ MSIX_MASK_ALL = 1 << 14
 INTA = 1
 
 
-@dataclass(frozen=True, slots=True)
 class Kind:
     """A virtio device type as PCI shows it. `config_size`: bytes of the device specific structure, 0 for none."""
 
-    type: int
-    class_code: int
-    queues: int
-    config_size: int
+    __slots__ = ("class_code", "config_size", "queues", "type")
 
-
-class Registers(Protocol):
-    """BAR 0: the Rust side."""
-
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
-    def set_msix_control(self, enabled: bool, masked: bool) -> None: ...
-    def set_intx_disabled(self, disabled: bool) -> None: ...
-    def state(self) -> dict[str, Any]: ...
+    def __init__(self, type_: int, class_code: int, queues: int, config_size: int) -> None:
+        self.type = type_
+        self.class_code = class_code
+        self.queues = queues
+        self.config_size = config_size
 
 
 def _cap(kind: int, offset: int, length: int, extra: bytes = b"") -> bytes:
@@ -85,11 +78,11 @@ class VirtioFunction:
     ) -> None:
         """`bar`: the address that the boot finds in BAR 0. `wide`: 64 bits. `state`: None for a cold function."""
         identity = Identity(
-            VENDOR, DEVICE_BASE + kind.type, kind.class_code, REVISION, VENDOR, DEVICE_BASE + kind.type, INTA
+            VENDOR, DEVICE_BASE + kind.type, kind.class_code, REVISION, (VENDOR, DEVICE_BASE + kind.type), INTA
         )
         self._config = config = ConfigSpace(component, identity)
         self._registers: Any = registers
-        self._bar = Bar(0, BAR_SIZE, wide)
+        self._bar = Bar(0, BAR_SIZE, wide=wide)
         config.add_bar(self._bar)
         config.add_capability(CAP_VENDOR, _cap(CFG_COMMON, *COMMON))
         config.add_capability(CAP_VENDOR, _cap(CFG_ISR, *ISR))
