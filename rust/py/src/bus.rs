@@ -14,6 +14,24 @@ pub struct CoreDevice {
     pub device: Arc<dyn Device>,
 }
 
+#[pymethods]
+impl CoreDevice {
+    /// One access of 1, 2, 4 or 8 bytes, as the bus makes it.
+    fn read(&self, py: Python<'_>, offset: u64, size: usize) -> PyResult<u64> {
+        let mut data = [0; 8];
+        let data = data.get_mut(..size).filter(|d| !d.is_empty()).ok_or_else(|| errors::refused("an access of 1 to 8 bytes"))?;
+        py.detach(|| self.device.read(offset, data));
+        Ok(data.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+    }
+
+    fn write(&self, py: Python<'_>, offset: u64, size: usize, value: u64) -> PyResult<()> {
+        let bytes = value.to_le_bytes();
+        let data = bytes.get(..size).filter(|d| !d.is_empty()).ok_or_else(|| errors::refused("an access of 1 to 8 bytes"))?;
+        py.detach(|| self.device.write(offset, data));
+        Ok(())
+    }
+}
+
 /// Registers in Python: `read(offset, size) -> int` and `write(offset, size, value)`. Taking the GIL is the price of each access.
 /// An exception in there stops the machine: a device that failed half way has lost something that the guest was told.
 struct PyDevice {

@@ -7,6 +7,7 @@ mod clock;
 mod control;
 mod errors;
 mod http;
+mod irq;
 mod json;
 mod memory;
 mod store;
@@ -23,6 +24,8 @@ mod _core {
     use super::control::Control;
     #[pymodule_export]
     use super::http::{http_request, http_response};
+    #[pymodule_export]
+    use super::irq::Ioapic;
     #[pymodule_export]
     use super::json::{JsonSchema, debug_text};
     #[pymodule_export]

@@ -8,9 +8,8 @@ from freezeframe.devices import saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from freezeframe._core import Clock
 

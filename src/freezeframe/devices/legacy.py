@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-
 from freezeframe.devices import saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from freezeframe._core import Clock
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-
 from freezeframe.errors import Incompatible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from collections.abc import Mapping
+    from typing import Any
 
 
 def fields(component: str, state: object, names: Mapping[str, int]) -> dict[str, int]:

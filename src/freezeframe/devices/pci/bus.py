@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-
 from freezeframe.devices import saved
 from freezeframe.devices.pci.config import ConfigSpace, Identity
 from freezeframe.errors import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
-
     from collections.abc import Mapping
+    from typing import Any, Protocol
 
     from freezeframe._core import Bus, CoreDevice
 

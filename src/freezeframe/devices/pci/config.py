@@ -8,9 +8,8 @@ from freezeframe.devices import saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from collections.abc import Mapping
+    from typing import Any
 
 COMMAND_MEMORY = 1 << 1
 COMMAND_MASTER = 1 << 2
@@ -56,6 +55,7 @@ class Identity:
         vendor: int,
         device: int,
         class_code: int,
+        *,
         revision: int = 0,
         subsystem: tuple[int, int] = (0, 0),
         pin: int = 0,

@@ -19,9 +19,8 @@ from freezeframe.devices.pci.config import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
-
     from collections.abc import Mapping
+    from typing import Any
 
     from freezeframe._core import CoreDevice
 
@@ -78,7 +77,12 @@ class VirtioFunction:
     ) -> None:
         """`bar`: the address that the boot finds in BAR 0. `wide`: 64 bits. `state`: None for a cold function."""
         identity = Identity(
-            VENDOR, DEVICE_BASE + kind.type, kind.class_code, REVISION, (VENDOR, DEVICE_BASE + kind.type), INTA
+            VENDOR,
+            DEVICE_BASE + kind.type,
+            kind.class_code,
+            revision=REVISION,
+            subsystem=(VENDOR, DEVICE_BASE + kind.type),
+            pin=INTA,
         )
         self._config = config = ConfigSpace(component, identity)
         self._registers: Any = registers

@@ -1,0 +1,52 @@
+//! `Ioapic`: interrupt pins.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use vcpu::ioapic::IoapicState;
+
+use crate::bus::CoreDevice;
+use crate::errors;
+
+/// The I/O APIC's registers, and its pins for devices in Python.
+#[pyclass(extends = CoreDevice, frozen, module = "freezeframe._core")]
+pub struct Ioapic {
+    pub ioapic: Arc<vcpu::ioapic::Ioapic>,
+}
+
+impl Ioapic {
+    fn made(py: Python<'_>, ioapic: vcpu::ioapic::Ioapic) -> PyResult<Py<Self>> {
+        let ioapic = Arc::new(ioapic);
+        Py::new(py, PyClassInitializer::from(CoreDevice { device: ioapic.clone() }).add_subclass(Self { ioapic }))
+    }
+}
+
+#[pymethods]
+impl Ioapic {
+    /// As after power-on.
+    #[staticmethod]
+    fn cold(py: Python<'_>) -> PyResult<Py<Self>> {
+        Self::made(py, vcpu::ioapic::Ioapic::default())
+    }
+
+    #[staticmethod]
+    fn from_state(py: Python<'_>, state: &Bound<'_, PyAny>) -> PyResult<Py<Self>> {
+        let refuse = |e: String| errors::raise("Incompatible", &format!("saved state of __ioapic: {e}"), &[]);
+        let state: IoapicState = pythonize::depythonize(state).map_err(|e| refuse(e.to_string()))?;
+        Self::made(py, vcpu::ioapic::Ioapic::from_state(state).map_err(|e| refuse(e.to_string()))?)
+    }
+
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        Ok(pythonize::pythonize(py, &self.ioapic.state())?)
+    }
+
+    /// Holds the pin's input high or low.
+    fn set_line(&self, pin: u32, level: bool) {
+        self.ioapic.set_line(pin, level);
+    }
+
+    /// One rising edge and back.
+    fn pulse(&self, pin: u32) {
+        self.ioapic.pulse(pin);
+    }
+}
