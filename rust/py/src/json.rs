@@ -12,13 +12,23 @@ use serde::de::{self, DeserializeSeed, Deserializer, EnumAccess, Error as _, Map
 /// What a value may be. Built from Python tuples, see `JsonSchema`.
 enum Schema {
     Any,
+    /// Any value without fractions, each name of an object once: what a saved state may hold.
+    Values,
     Bool,
     Text,
-    Int { name: String, min: i128, max: i128 },
+    Int {
+        name: String,
+        min: i128,
+        max: i128,
+    },
     Variant(Vec<String>),
     Optional(Box<Schema>),
     List(Box<Schema>),
-    Record { name: String, fields: Vec<Field>, strict: bool },
+    Record {
+        name: String,
+        fields: Vec<Field>,
+        strict: bool,
+    },
 }
 
 struct Field {
@@ -34,6 +44,7 @@ impl Schema {
         let kind: String = tuple.get_item(0)?.extract()?;
         Ok(match kind.as_str() {
             "any" => Schema::Any,
+            "values" => Schema::Values,
             "bool" => Schema::Bool,
             "str" => Schema::Text,
             "int" => Schema::Int {
@@ -109,7 +120,7 @@ impl<'de, 'py> DeserializeSeed<'de> for Seed<'_, 'py> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         match self.schema {
-            Schema::Any => deserializer.deserialize_any(self),
+            Schema::Any | Schema::Values => deserializer.deserialize_any(self),
             Schema::Bool => deserializer.deserialize_bool(self),
             Schema::Text => deserializer.deserialize_str(self),
             Schema::Int { min, .. } if *min < 0 => deserializer.deserialize_i64(self),
@@ -128,6 +139,7 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.schema {
             Schema::Any => formatter.write_str("any JSON value"),
+            Schema::Values => formatter.write_str("any JSON value without fractions"),
             Schema::Bool => formatter.write_str("a boolean"),
             Schema::Text => formatter.write_str("a string"),
             Schema::Int { name, .. } => formatter.write_str(name),
@@ -140,14 +152,14 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
 
     fn visit_bool<E: de::Error>(self, value: bool) -> Result<Self::Value, E> {
         match self.schema {
-            Schema::Any | Schema::Bool => self.object(value),
+            Schema::Any | Schema::Values | Schema::Bool => self.object(value),
             _ => Err(E::invalid_type(de::Unexpected::Bool(value), &self)),
         }
     }
 
     fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
         match self.schema {
-            Schema::Any => self.object(value),
+            Schema::Any | Schema::Values => self.object(value),
             Schema::Int { max, .. } if i128::from(value) <= *max => self.object(value),
             Schema::Int { .. } => Err(E::invalid_value(de::Unexpected::Unsigned(value), &self)),
             _ => Err(E::invalid_type(de::Unexpected::Unsigned(value), &self)),
@@ -156,7 +168,7 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
 
     fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
         match self.schema {
-            Schema::Any => self.object(value),
+            Schema::Any | Schema::Values => self.object(value),
             Schema::Int { min, max, .. } if (*min..=*max).contains(&i128::from(value)) => self.object(value),
             Schema::Int { .. } => Err(E::invalid_value(de::Unexpected::Signed(value), &self)),
             _ => Err(E::invalid_type(de::Unexpected::Signed(value), &self)),
@@ -172,14 +184,14 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
         match self.schema {
-            Schema::Any | Schema::Text => self.object(value),
+            Schema::Any | Schema::Values | Schema::Text => self.object(value),
             _ => Err(E::invalid_type(de::Unexpected::Str(value), &self)),
         }
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
         match self.schema {
-            Schema::Any | Schema::Optional(_) => Ok(self.py.None().into_bound(self.py)),
+            Schema::Any | Schema::Values | Schema::Optional(_) => Ok(self.py.None().into_bound(self.py)),
             _ => Err(E::invalid_type(de::Unexpected::Unit, &self)),
         }
     }
@@ -198,7 +210,7 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
         let schema = match self.schema {
             Schema::List(inner) => inner,
-            Schema::Any => self.schema,
+            Schema::Any | Schema::Values => self.schema,
             _ => return Err(A::Error::invalid_type(de::Unexpected::Seq, &self)),
         };
         let list = PyList::empty(self.py);
@@ -212,8 +224,11 @@ impl<'de, 'py> Visitor<'de> for Seed<'_, 'py> {
         let dict = PyDict::new(self.py);
         let (fields, strict) = match self.schema {
             Schema::Record { fields, strict, .. } => (fields, *strict),
-            Schema::Any => {
+            Schema::Any | Schema::Values => {
                 while let Some(key) = access.next_key::<String>()? {
+                    if matches!(self.schema, Schema::Values) && dict.contains(&key).map_err(python_error)? {
+                        return Err(A::Error::custom(format_args!("duplicate field `{key}`")));
+                    }
                     let value = access.next_value_seed(Seed { schema: self.schema, py: self.py })?;
                     dict.set_item(key, value).map_err(python_error)?;
                 }
@@ -287,7 +302,7 @@ impl<'de, 'a> Visitor<'de> for VariantSeed<'a> {
 
 /// A reader of one kind of document.
 ///
-/// The description is a tuple: `("any",)`, `("bool",)`, `("str",)`, `("int", name, min, max)`, `("enum", [names])`, `("optional", of)`,
+/// The description is a tuple: `("any",)`, `("values",)` (any without fractions and duplicate names), `("bool",)`, `("str",)`, `("int", name, min, max)`, `("enum", [names])`, `("optional", of)`,
 /// `("list", of)` or `("record", name, [(field, of, required, [aliases]), …], strict)`; a strict record refuses unknown fields.
 #[pyclass(frozen)]
 pub struct JsonSchema(Schema);

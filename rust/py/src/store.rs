@@ -34,6 +34,7 @@ pub fn blake3<'py>(py: Python<'py>, data: PyBuffer<u8>) -> PyResult<Bound<'py, P
 ///
 /// Gives (chunk size in bytes, bit map of the chunks that are not zero, their BLAKE3 digests, statistics).
 #[pyfunction]
+#[allow(clippy::type_complexity)] // a tuple that Python unpacks at once
 pub fn write_region<'py>(
     py: Python<'py>,
     memory: &Memory,
