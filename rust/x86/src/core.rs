@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use memory::{GuestMemory, MemoryError};
-use vcpu::{Bus, Clock, Control, EngineError};
+use vcpu::{Bus, Clock, Control, EngineError, EoiListener};
 
+use crate::apics::Apics;
 use crate::cache::JumpCache;
 use crate::insn::{Fault, HIGH8, Insn};
+use crate::kvmclock::KvmClock;
+use crate::lapic::Lapic;
 use crate::state::Cpu;
 use crate::tlb::{self, Tlb};
 
@@ -53,12 +56,39 @@ pub struct Shared {
     pub bus: Arc<Bus>,
     pub clock: Arc<Clock>,
     pub control: Arc<Control>,
+    pub apics: Arc<Apics>,
+    /// Physical address bits that CPUID shows and page tables may use.
+    pub phys_bits: u8,
+}
+
+impl Shared {
+    /// `eoi` is told of the end of level-triggered interrupts.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        bus: Arc<Bus>,
+        clock: Arc<Clock>,
+        control: Arc<Control>,
+        vcpus: usize,
+        phys_bits: u8,
+        eoi: Option<Arc<dyn EoiListener>>,
+    ) -> Self {
+        let apics = Arc::new(Apics::new(vcpus, control.clone(), eoi));
+        Self { memory, bus, clock, control, apics, phys_bits }
+    }
 }
 
 /// One vCPU. Handlers get `&mut Core`; they never see the block cache.
 pub struct Core {
     pub cpu: Cpu,
     pub shared: Arc<Shared>,
+    /// Number of this vCPU = its APIC id.
+    pub vcpu: usize,
+    pub lapic: Lapic,
+    pub kvmclock: KvmClock,
+    /// IA32_TSC_ADJUST: guest TSC = the machine's clock + this.
+    pub tsc_adjust: u64,
+    /// AMD HWCR as far as the guest may write it.
+    pub hwcr: u64,
     /// Set together with returning [`Fault`].
     pub fault: Option<Pending>,
     /// The #GP in `fault` is of a non-canonical address: the loop turns it into #SS for stack references.
@@ -87,14 +117,24 @@ pub struct Core {
 unsafe impl Send for Core {}
 
 impl Core {
-    pub fn new(shared: Arc<Shared>) -> Self {
+    /// vCPU number `vcpu` after power-on.
+    pub fn new(shared: Arc<Shared>, vcpu: usize) -> Self {
+        let mut cpu = Cpu::default();
+        cpu.reset(false, vcpu as u32);
+        let lapic = Lapic::new(vcpu as u32);
+        lapic.publish(&shared.apics);
         Self {
-            cpu: Cpu { flags: crate::state::flags::FIXED, lf_res: 3, mxcsr: 0x1f80, ..Cpu::default() },
+            cpu,
             shared,
+            vcpu,
+            kvmclock: KvmClock::default(),
+            tsc_adjust: 0,
+            hwcr: 0,
             fault: None,
             noncanonical: false,
             yielded: false,
-            lapic_page: u64::MAX,
+            lapic_page: lapic.mmio_page().unwrap_or(u64::MAX),
+            lapic,
             tlb: Tlb::default(),
             half: 0,
             stop_at: std::ptr::null(),

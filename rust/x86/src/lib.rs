@@ -4,15 +4,21 @@
 //! the handlers' contract; [`core`] one vCPU with its TLBs; [`mmu`] every access to guest memory; [`decode`] and
 //! [`cache`] from bytes to blocks; [`run`] the block loop; [`exec`] the handlers; [`events`] exceptions and interrupts.
 
+pub mod apics;
 pub mod cache;
 pub mod core;
+pub mod cpuid;
 pub mod decode;
 pub mod events;
 pub mod exec;
 pub mod flags;
 pub mod insn;
+pub mod kvmclock;
 pub mod lapic;
 pub mod mmu;
+pub mod msr;
+pub mod profile;
 pub mod run;
+pub mod segments;
 pub mod state;
 pub mod tlb;

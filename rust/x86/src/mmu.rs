@@ -9,8 +9,6 @@ use crate::state::{CodeSize, Cpu, flags};
 use crate::tlb::{self, EXEC, GLOBAL, Tlb};
 
 const OFFSET: u64 = PAGE_SIZE - 1;
-/// Physical addresses have 46 bits; higher ones in a page table entry are reserved. CPUID 8000_0008 must say the same.
-pub const PHYS_BITS: u32 = 46;
 
 const P: u64 = 1;
 const W: u64 = 1 << 1;
@@ -411,7 +409,7 @@ impl Core {
 
     fn walk_with(&mut self, lin: u64, kind: Kind, user: bool, rights: Rights, mark: bool) -> Result<Page, Fault> {
         if !self.cpu.paging() {
-            let phys = lin & ((1 << PHYS_BITS) - 1);
+            let phys = lin & ((1 << self.shared.phys_bits) - 1);
             return Ok(Page { phys, user: false, exec: true, global: false });
         }
         let nxe = self.cpu.efer & EFER_NXE != 0;
@@ -427,7 +425,7 @@ impl Core {
             (self.cpu.cr3 & 0xffff_f000, 2, false)
         };
         let (mut writable, mut allows_user, mut no_exec) = (true, true, false);
-        let reserved_high = 0x000f_ffff_ffff_ffff & !((1u64 << PHYS_BITS) - 1) | if nxe { 0 } else { NX };
+        let reserved_high = 0x000f_ffff_ffff_ffff & !((1u64 << self.shared.phys_bits) - 1) | if nxe { 0 } else { NX };
         loop {
             let (bits, size) = if wide { (9, 8) } else { (10, 4) };
             let shift = 12 + (level - 1) * bits;

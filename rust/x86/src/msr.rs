@@ -1,0 +1,312 @@
+//! Model-specific registers. An unknown one is #GP.
+
+use crate::core::{Core, GP, Pending};
+use crate::insn::Fault;
+use crate::lapic::Outside;
+use crate::profile;
+use crate::segments::canonical;
+use crate::state::{FS, GS, Msrs};
+
+pub const TSC: u32 = 0x10;
+pub const APIC_BASE: u32 = 0x1b;
+pub const TSC_ADJUST: u32 = 0x3b;
+pub const MICROCODE: u32 = 0x8b;
+pub const MTRR_CAP: u32 = 0xfe;
+pub const SYSENTER_CS: u32 = 0x174;
+pub const SYSENTER_ESP: u32 = 0x175;
+pub const SYSENTER_EIP: u32 = 0x176;
+pub const MISC_ENABLE: u32 = 0x1a0;
+pub const DEBUGCTL: u32 = 0x1d9;
+pub const MTRR_PHYS: u32 = 0x200;
+pub const PAT: u32 = 0x277;
+pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+pub const TSC_DEADLINE: u32 = 0x6e0;
+pub const EFER: u32 = 0xc000_0080;
+pub const STAR: u32 = 0xc000_0081;
+pub const LSTAR: u32 = 0xc000_0082;
+pub const CSTAR: u32 = 0xc000_0083;
+pub const FMASK: u32 = 0xc000_0084;
+pub const FS_BASE: u32 = 0xc000_0100;
+pub const GS_BASE: u32 = 0xc000_0101;
+pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+pub const TSC_AUX: u32 = 0xc000_0103;
+pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
+pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+const HWCR: u32 = 0xc001_0015;
+const SYSCFG: u32 = 0xc001_0010;
+const DE_CFG: u32 = 0xc001_1029;
+
+/// The fixed-range MTRRs in the order of [`Msrs::mtrr_fixed`].
+pub const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
+
+/// Every MSR that is saved, in the order in which it is restored (EFER is in the special registers; APIC_BASE before the
+/// x2APIC ones, TSC_ADJUST before TSC and the deadline).
+pub const SAVED: &[u32] = &[
+    APIC_BASE,
+    TSC_ADJUST,
+    TSC,
+    TSC_DEADLINE,
+    TSC_AUX,
+    STAR,
+    LSTAR,
+    CSTAR,
+    FMASK,
+    KERNEL_GS_BASE,
+    SYSENTER_CS,
+    SYSENTER_ESP,
+    SYSENTER_EIP,
+    PAT,
+    MISC_ENABLE,
+    MTRR_DEF_TYPE,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    KVM_WALL_CLOCK,
+    KVM_SYSTEM_TIME,
+    HWCR,
+];
+
+/// HWCR: TscFreqSel reads as set (the TSC counts at a constant rate), and cannot be cleared.
+const HWCR_FIXED: u64 = 1 << 24;
+/// HWCR bits that guests write and that mean nothing here: TLB cache disable, SMM lock and others; McStatusWrEn.
+const HWCR_WRITABLE: u64 = 1 << 3 | 1 << 6 | 1 << 8 | 1 << 18 | HWCR_FIXED;
+
+/// The values of a vCPU that firmware has set up: MTRRs on, all memory write-back.
+pub fn power_on() -> Msrs {
+    Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, mtrr_def_type: 0x806, ..Msrs::default() }
+}
+
+fn memory_type(t: u64) -> bool {
+    matches!(t & 0xff, 0 | 1 | 4 | 5 | 6)
+}
+
+/// Whether `value` may be put in MSR `index` of those that are plain storage; the same rules for WRMSR and for a snapshot.
+pub fn storable(index: u32, value: u64, phys_bits: u8) -> bool {
+    let bytes = || value.to_le_bytes();
+    match index {
+        LSTAR | CSTAR | KERNEL_GS_BASE | FS_BASE | GS_BASE | SYSENTER_ESP | SYSENTER_EIP => canonical(value),
+        FMASK | TSC_AUX => value >> 32 == 0,
+        PAT => bytes().iter().all(|&t| matches!(t, 0 | 1 | 4..=7)),
+        MTRR_DEF_TYPE => value & !0xcff == 0 && memory_type(value),
+        MTRR_PHYS..0x210 => {
+            let reserved = !0u64 << phys_bits;
+            if index & 1 == 0 { value & (reserved | 0xf00) == 0 && memory_type(value) } else { value & (reserved | 0x7ff) == 0 }
+        }
+        _ if MTRR_FIXED.contains(&index) => bytes().iter().all(|&t| memory_type(u64::from(t))),
+        _ => true,
+    }
+}
+
+impl Core {
+    /// What a LAPIC needs of its surroundings.
+    pub(crate) fn with_lapic<R>(&mut self, f: impl FnOnce(&mut crate::lapic::Lapic, &Outside) -> R) -> R {
+        let out = Outside { apics: &self.shared.apics, clock: &self.shared.clock, tsc_adjust: self.tsc_adjust };
+        f(&mut self.lapic, &out)
+    }
+
+    /// The guest's time stamp counter.
+    pub fn tsc(&self) -> u64 {
+        self.shared.clock.tsc().wrapping_add(self.tsc_adjust)
+    }
+
+    fn plain_msr(&mut self, index: u32) -> Option<&mut u64> {
+        let m = &mut self.cpu.msr;
+        Some(match index {
+            STAR => &mut m.star,
+            LSTAR => &mut m.lstar,
+            CSTAR => &mut m.cstar,
+            FMASK => &mut m.fmask,
+            KERNEL_GS_BASE => &mut m.kernel_gs_base,
+            SYSENTER_CS => &mut m.sysenter_cs,
+            SYSENTER_ESP => &mut m.sysenter_esp,
+            SYSENTER_EIP => &mut m.sysenter_eip,
+            PAT => &mut m.pat,
+            TSC_AUX => &mut m.tsc_aux,
+            MISC_ENABLE => &mut m.misc_enable,
+            MTRR_DEF_TYPE => &mut m.mtrr_def_type,
+            MTRR_PHYS..0x210 => &mut m.mtrr_phys[(index - MTRR_PHYS) as usize],
+            _ => {
+                let at = MTRR_FIXED.iter().position(|&i| i == index)?;
+                &mut m.mtrr_fixed[at]
+            }
+        })
+    }
+
+    /// RDMSR. `None`: no such register.
+    pub fn read_msr(&mut self, index: u32) -> Option<u64> {
+        if let Some(value) = self.plain_msr(index) {
+            return Some(*value);
+        }
+        Some(match index {
+            TSC => self.tsc(),
+            TSC_ADJUST => self.tsc_adjust,
+            TSC_DEADLINE => self.lapic.tsc_deadline,
+            APIC_BASE => self.lapic.base,
+            EFER => self.cpu.efer,
+            FS_BASE => self.cpu.seg[FS].base,
+            GS_BASE => self.cpu.seg[GS].base,
+            0x800..0x900 => {
+                let shared = self.shared.clone();
+                return self.lapic.msr_read(index, &shared.clock).ok();
+            }
+            KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => self.kvmclock.system_time,
+            KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => self.kvmclock.wall_clock,
+            // Eight variable ranges, fixed ranges, write-combining.
+            MTRR_CAP => 0x508,
+            MICROCODE => profile::MICROCODE,
+            // No last branch records, no branch single step.
+            DEBUGCTL => 0,
+            HWCR => self.hwcr | HWCR_FIXED,
+            // MtrrFixDramEn and the like: nothing is hidden.
+            SYSCFG => 0,
+            // LFENCE serialises.
+            DE_CFG => 2,
+            // NB_CFG, interrupt pending, patch loader, performance counters: present and idle.
+            0xc001_001f | 0xc001_0055 | 0xc001_0000..=0xc001_0007 => 0,
+            _ => return None,
+        })
+    }
+
+    /// WRMSR. Faults before any effect.
+    pub fn write_msr(&mut self, index: u32, value: u64) -> Result<(), Fault> {
+        if !storable(index, value, self.shared.phys_bits) {
+            return Err(self.raise(GP, Some(0)));
+        }
+        if let Some(slot) = self.plain_msr(index) {
+            *slot = value;
+            return Ok(());
+        }
+        let refused = match index {
+            TSC => {
+                // A write to the TSC shows in TSC_ADJUST as well (SDM vol. 3, 18.17.3).
+                self.set_tsc_adjust(value.wrapping_sub(self.shared.clock.tsc()))?;
+                false
+            }
+            TSC_ADJUST => {
+                self.set_tsc_adjust(value)?;
+                false
+            }
+            TSC_DEADLINE => {
+                self.with_lapic(|lapic, out| lapic.set_tsc_deadline(value, out));
+                false
+            }
+            APIC_BASE => {
+                let shared = self.shared.clone();
+                let refused = self.lapic.set_base(value, shared.phys_bits, &shared.apics).is_err();
+                if !refused {
+                    self.lapic_moved();
+                }
+                refused
+            }
+            EFER => return self.write_efer(value),
+            FS_BASE | GS_BASE => {
+                let seg = if index == FS_BASE { FS } else { GS };
+                self.cpu.seg[seg].base = value;
+                self.cpu.seg_base[seg] = value;
+                false
+            }
+            0x800..0x900 => self.with_lapic(|lapic, out| lapic.msr_write(index, value, out)).is_err(),
+            KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => {
+                self.kvmclock.system_time = value;
+                self.publish_kvmclock(false)?;
+                false
+            }
+            KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => {
+                self.kvmclock.wall_clock = value;
+                let done = self.kvmclock.publish_wall(&self.shared.memory, &self.shared.clock);
+                self.memory_done(done)?;
+                false
+            }
+            HWCR => {
+                let refused = value & !HWCR_WRITABLE != 0;
+                if !refused {
+                    self.hwcr = value & !HWCR_FIXED;
+                }
+                refused
+            }
+            // A microcode load, performance counters (none runs), configuration that is fixed here: taken and forgotten.
+            MICROCODE | 0x79 | SYSCFG | 0xc001_001f | 0xc001_0055 | DE_CFG => false,
+            0xc001_0000..=0xc001_0007 | DEBUGCTL => false,
+            _ => true,
+        };
+        if refused { Err(self.raise(GP, Some(0))) } else { Ok(()) }
+    }
+
+    fn set_tsc_adjust(&mut self, value: u64) -> Result<(), Fault> {
+        self.tsc_adjust = value;
+        self.publish_kvmclock(false)?;
+        self.with_lapic(|lapic, out| lapic.poll_timer(out.clock.tsc(), out.tsc_adjust, out.clock.tsc_khz()));
+        Ok(())
+    }
+
+    /// Rewrites the vCPU's kvm-clock page, if there is one. `stopped`: tell the guest that it stood still.
+    pub fn publish_kvmclock(&mut self, stopped: bool) -> Result<(), Fault> {
+        let done = self.kvmclock.publish(&self.shared.memory, &self.shared.clock, self.tsc_adjust, stopped);
+        self.memory_done(done)
+    }
+
+    fn memory_done(&mut self, done: Result<(), memory::MemoryError>) -> Result<(), Fault> {
+        done.map_err(|error| {
+            self.fault = Some(Pending::Memory(error));
+            Fault
+        })
+    }
+
+    /// The LAPIC's page or mode changed.
+    pub fn lapic_moved(&mut self) {
+        self.lapic_page = self.lapic.mmio_page().unwrap_or(u64::MAX);
+        self.flush_tlb_all();
+    }
+
+    fn write_efer(&mut self, value: u64) -> Result<(), Fault> {
+        const LME: u64 = 1 << 8;
+        const LMA: u64 = 1 << 10;
+        if value & !profile::EFER_ALLOWED != 0 || self.cpu.paging() && (value ^ self.cpu.efer) & LME != 0 {
+            return Err(self.raise(GP, Some(0)));
+        }
+        let old = self.cpu.efer;
+        self.cpu.efer = value & !LMA | old & LMA;
+        if old != self.cpu.efer {
+            self.flush_tlb_all();
+        }
+        Ok(())
+    }
+
+    /// CPUID as this vCPU shows it.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        crate::cpuid::Machine {
+            apic_id: self.vcpu as u32,
+            vcpus: self.shared.apics.count() as u32,
+            phys_bits: self.shared.phys_bits,
+            tsc_khz: self.shared.clock.tsc_khz(),
+            apic_enabled: self.lapic.enabled(),
+        }
+        .cpuid(leaf, subleaf)
+    }
+}
