@@ -1,4 +1,4 @@
-//! `Ioapic`: interrupt pins.
+//! `Ioapic`, `IrqLine`, `MsiRelay`: interrupt pins and messages.
 
 use std::sync::Arc;
 
@@ -48,5 +48,39 @@ impl Ioapic {
     /// One rising edge and back.
     fn pulse(&self, pin: u32) {
         self.ioapic.pulse(pin);
+    }
+}
+
+/// One input pin of the I/O APIC, pulled by any number of devices: high while any of them pulls.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct IrqLine {
+    pub line: Arc<virtio::SharedLine>,
+}
+
+#[pymethods]
+impl IrqLine {
+    #[new]
+    fn new(ioapic: &Ioapic, pin: u32) -> Self {
+        let ioapic = ioapic.ioapic.clone();
+        Self { line: virtio::SharedLine::new(Box::new(move |high| ioapic.set_line(pin, high))) }
+    }
+}
+
+/// Where devices send their message-signalled interrupts; an engine connects to it.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct MsiRelay {
+    pub relay: Arc<vcpu::MsiRelay>,
+}
+
+#[pymethods]
+impl MsiRelay {
+    #[new]
+    fn new() -> Self {
+        Self { relay: Arc::default() }
+    }
+
+    /// Takes out the messages (address, data) that wait because no engine is connected.
+    fn take_waiting(&self) -> Vec<(u64, u32)> {
+        self.relay.take_waiting()
     }
 }

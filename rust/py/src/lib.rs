@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 mod bus;
 mod clock;
+mod console;
 mod control;
 mod errors;
 mod http;
@@ -11,6 +12,7 @@ mod irq;
 mod json;
 mod memory;
 mod store;
+mod virtio;
 
 #[pymodule]
 mod _core {
@@ -21,17 +23,21 @@ mod _core {
     #[pymodule_export]
     use super::clock::Clock;
     #[pymodule_export]
+    use super::console::{ConsoleInput, ConsoleOutput, Serial};
+    #[pymodule_export]
     use super::control::Control;
     #[pymodule_export]
     use super::http::{http_request, http_response};
     #[pymodule_export]
-    use super::irq::Ioapic;
+    use super::irq::{Ioapic, IrqLine, MsiRelay};
     #[pymodule_export]
     use super::json::{JsonSchema, debug_text};
     #[pymodule_export]
     use super::memory::Memory;
     #[pymodule_export]
     use super::store::{blake3, restore_memory, write_region};
+    #[pymodule_export]
+    use super::virtio::{VirtioBlk, VirtioConsole, VirtioFunction, VirtioRng};
 }
 
 /// `"release"` or `"debug"`: a debug core is several times slower, callers warn about it.

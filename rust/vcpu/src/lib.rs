@@ -13,5 +13,5 @@ pub use clock::{Clock, ClockState};
 pub use control::{Control, Work};
 pub use engine::{Engine, EngineError, Stop};
 pub use ioapic::{Ioapic, IoapicState};
-pub use irq::{EoiListener, IrqSink};
+pub use irq::{EoiListener, IrqSink, MsiRelay};
 pub use state::VcpuState;

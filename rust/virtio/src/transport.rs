@@ -364,11 +364,7 @@ impl<D: VirtioDevice> Transport<D> {
             _ => {}
         };
         match (offset, data.len()) {
-            (0x18, 2) => {
-                if (value as u16).is_power_of_two() && value as u16 <= queue.max_size {
-                    q.size = value as u16;
-                }
-            }
+            (0x18, 2) if (value as u16).is_power_of_two() && value as u16 <= queue.max_size => q.size = value as u16,
             (0x1c, 2) if value == 1 => match Queue::check_rings(q, &self.memory) {
                 Ok(()) => q.ready = true,
                 Err((field, why)) => {
