@@ -1,0 +1,224 @@
+//! Which instructions there are: every iced `Code` of the `portable` profile (x86-64-v2) that ring 3 may try, and random
+//! encodings of each: any operand form, any prefix that leaves it the same instruction.
+
+use iced_x86::{
+    Code, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, MandatoryPrefix, Mnemonic,
+};
+use iced_x86::{OpCodeOperandKind, OpCodeTableKind};
+
+use crate::rng::Rng;
+
+/// What the profile has. BSF's TZCNT spelling and the like are tested elsewhere: the processor here has BMI1, the profile not.
+fn in_profile(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    matches!(
+        feature,
+        F::INTEL8086
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL486
+            | F::X64
+            | F::CMOV
+            | F::CMPXCHG16B
+            | F::CX8
+            | F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::FXSR
+            | F::MMX
+            | F::MULTIBYTENOP
+            | F::PAUSE
+            | F::POPCNT
+            | F::PREFETCHW
+            | F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::SSSE3
+            | F::CLFSH
+            | F::FSGSBASE
+            | F::MSR
+            | F::SYSCALL
+            | F::INTEL8086_ONLY
+    )
+}
+
+/// Not comparable in ring 3 of a Linux process: system calls, time, what the host kernel emulates (UMIP) or keeps elsewhere
+/// (descriptor tables), and what a hypervisor answers.
+fn excluded(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(
+        code.mnemonic(),
+        M::Syscall
+            | M::Sysenter
+            | M::Int
+            | M::Rdtsc
+            | M::Cpuid
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Lss
+            | M::Lfs
+            | M::Lgs
+            | M::Retf
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Rdpmc
+            | M::Rsm
+            | M::Lds
+            | M::Les
+            | M::Loadall
+            | M::Umov
+            | M::Ud0
+            | M::Sysexitq
+            | M::Sysretq
+            | M::Frstpm
+            | M::Fstdw
+            | M::Fstsg
+    ) || matches!(
+        code,
+        Code::Mov_Sreg_rm16
+            | Code::Mov_Sreg_r32m16
+            | Code::Mov_Sreg_r64m16
+            | Code::Popw_FS
+            | Code::Popd_FS
+            | Code::Popq_FS
+            | Code::Popw_GS
+            | Code::Popd_GS
+            | Code::Popq_GS
+            | Code::Call_m1616
+            | Code::Call_m1632
+            | Code::Call_m1664
+            | Code::Jmp_m1616
+            | Code::Jmp_m1632
+            | Code::Jmp_m1664
+            | Code::Call_ptr1616
+            | Code::Call_ptr1632
+            | Code::Jmp_ptr1616
+            | Code::Jmp_ptr1632
+    )
+}
+
+/// All codes under test in `bits`-bit code, in iced's order.
+pub fn all(bits: u32) -> Vec<Code> {
+    Code::values()
+        .filter(|&c| c.op_code().is_instruction() && c.op_code().is_available_in_mode(bits))
+        .filter(|&c| {
+            c.encoding() == EncodingKind::Legacy && !c.op_code().fwait() && c.op_code().decoder_option() == DecoderOptions::NONE
+        })
+        .filter(|&c| c.cpuid_features().iter().all(|&f| in_profile(f)) && !excluded(c))
+        .collect()
+}
+
+/// One encoding: bytes, their decoding and where displacement and immediate are in them.
+pub struct Form {
+    pub bytes: Vec<u8>,
+    pub insn: Instruction,
+    pub offsets: ConstantOffsets,
+}
+
+pub fn decode(bytes: &[u8], bits: u32, ip: u64) -> Option<Form> {
+    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::AMD);
+    let insn = decoder.decode();
+    if insn.is_invalid() {
+        return None;
+    }
+    let offsets = decoder.get_constant_offsets(&insn);
+    Some(Form { bytes: bytes[..insn.len()].to_vec(), insn, offsets })
+}
+
+fn register_in_opcode(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind as K;
+    matches!(kind, K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode | K::sti_opcode)
+}
+
+/// A random encoding of `code` at `ip`, `None` when the tries were unlucky.
+pub fn random(rng: &mut Rng, code: Code, bits: u32, ip: u64) -> Option<Form> {
+    (0..60).find_map(|_| {
+        let bytes = attempt(rng, code, bits);
+        decode(&bytes, bits, ip).filter(|f| f.insn.code() == code && f.insn.len() <= 15)
+    })
+}
+
+fn attempt(rng: &mut Rng, code: Code, bits: u32) -> Vec<u8> {
+    let op = code.op_code();
+    let kinds = op.op_kinds();
+    let mut bytes = Vec::with_capacity(24);
+    let mut rex_w = rng.chance(50);
+
+    let mut needs_66 = false;
+    match (op.operand_size(), bits) {
+        (16, _) => (needs_66, rex_w) = (true, false),
+        (32, _) => rex_w = false,
+        (64, _) => rex_w = !op.default_op_size64() && !op.force_op_size64() || rng.chance(30),
+        _ => {}
+    }
+    match op.mandatory_prefix() {
+        MandatoryPrefix::P66 => needs_66 = true,
+        MandatoryPrefix::PF3 => bytes.push(0xf3),
+        MandatoryPrefix::PF2 => bytes.push(0xf2),
+        _ => {
+            if rng.chance(if op.can_use_rep_prefix() || op.can_use_repne_prefix() { 60 } else { 3 }) {
+                bytes.push(rng.pick(&[0xf2, 0xf3]));
+            }
+        }
+    }
+    if needs_66 || rng.chance(2) {
+        bytes.push(0x66);
+    }
+    if op.address_size() == 32 && bits == 64 || op.address_size() == 16 && bits == 32 || rng.chance(6) {
+        bytes.push(0x67);
+    }
+    if rng.chance(12) {
+        bytes.push(rng.pick(&[0x64, 0x65, 0x64, 0x65, 0x26, 0x2e, 0x36, 0x3e]));
+    }
+    if rng.chance(if op.can_use_lock_prefix() { 25 } else { 1 }) {
+        bytes.push(0xf0);
+    }
+    for i in (1..bytes.len()).rev() {
+        bytes.swap(i, rng.below(i as u64 + 1) as usize);
+    }
+    if bits == 64 && (rex_w || rng.chance(40)) {
+        let low = if rng.chance(30) { 0 } else { rng.below(8) as u8 };
+        bytes.push(0x40 | u8::from(rex_w) << 3 | low);
+    }
+    match op.table() {
+        OpCodeTableKind::T0F => bytes.push(0x0f),
+        OpCodeTableKind::T0F38 => bytes.extend([0x0f, 0x38]),
+        OpCodeTableKind::T0F3A => bytes.extend([0x0f, 0x3a]),
+        _ => {}
+    }
+    let value = op.op_code();
+    if op.op_code_len() == 2 {
+        bytes.push((value >> 8) as u8);
+    }
+    let plus = if kinds.iter().any(|&k| register_in_opcode(k)) { rng.below(8) as u8 } else { 0 };
+    bytes.push(value as u8 + plus);
+
+    // ModRM, whether there is one or not: what is too much is cut off.
+    let mut modrm = rng.bits() as u8;
+    if rng.chance(50) {
+        modrm &= 0x3f;
+    }
+    if op.group_index() >= 0 {
+        modrm = modrm & !0x38 | (op.group_index() as u8) << 3;
+    }
+    if op.rm_group_index() >= 0 {
+        modrm = 0xc0 | modrm & !7 | op.rm_group_index() as u8;
+    }
+    bytes.push(modrm);
+    let small = rng.chance(40);
+    for i in 0..12 {
+        bytes.push(if small && i > 0 { 0 } else { rng.bits() as u8 });
+    }
+    bytes
+}
