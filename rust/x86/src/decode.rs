@@ -44,6 +44,10 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
             return Decoded::Block(off as u32);
         }
         out.push(insn(&instr, size, off as u16));
+        // x87 instructions record their opcode bytes; no other part of them needs `imm`.
+        if let (Some(fop), Some(last)) = (exec::fpu::opcode(&bytes[off..], size), out.last_mut()) {
+            last.imm = fop.into();
+        }
         if ends_block(&instr) {
             break;
         }

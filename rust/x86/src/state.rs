@@ -108,7 +108,9 @@ pub struct Fpu {
     pub fdp: u64,
 }
 
+/// The first ten bytes are the x87 memory format.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct F80 {
     pub mantissa: u64,
     pub sign_exp: u16,

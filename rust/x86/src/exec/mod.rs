@@ -1,9 +1,23 @@
 //! The instructions: one module a family, each with `select(&Instruction) -> Option<Handler>`.
 
 pub mod fpu;
+mod fpu_arith;
+mod fpu_env;
+mod fpu_move;
+mod fpu_special;
+pub mod host;
 pub mod integer;
 pub mod mmx;
+#[cfg(test)]
+mod simd_tests;
 pub mod sse;
+mod sse_convert;
+mod sse_float;
+mod sse_int;
+mod sse_lane;
+mod sse_move;
+mod sse_state;
+mod sse_string;
 pub mod system;
 
 use iced_x86::{CpuidFeature as F, Instruction};

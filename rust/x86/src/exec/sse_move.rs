@@ -1,0 +1,176 @@
+//! SSE moves.
+
+use iced_x86::{Code, Instruction, OpKind};
+
+use super::host::int as host;
+use super::sse::{self, h, ld32, ld64, ld128, ld128u, st8, st16, st32, st64, st128, st128u, x};
+use crate::core::Core;
+use crate::insn::{Fault, Handler, Insn};
+
+const LOW32: u128 = 0xffff_ffff;
+const LOW64: u128 = 0xffff_ffff_ffff_ffff;
+
+#[inline(always)]
+fn set_low64(d: &mut u128, v: u64) {
+    *d = *d & !LOW64 | v as u128;
+}
+
+#[inline(always)]
+fn set_high64(d: &mut u128, v: u64) {
+    *d = *d & LOW64 | (v as u128) << 64;
+}
+
+#[inline(always)]
+fn set_low32(d: &mut u128, v: u32) {
+    *d = *d & !LOW32 | v as u128;
+}
+
+/// GPR number of operand `n`.
+#[inline(always)]
+fn g(i: &Insn, n: usize) -> usize {
+    (i.r[n] & 15) as usize
+}
+
+fn splat2_32(v: u128, odd: u32) -> u128 {
+    let one = |n: u32| (v >> (64 * n + 32 * odd)) & LOW32;
+    one(0) | one(0) << 32 | one(1) << 64 | one(1) << 96
+}
+
+/// MASKMOVDQU: byte by byte, but only once all bytes are known to be writable.
+fn maskmovdqu(c: &mut Core, i: &Insn) -> Result<(), Fault> {
+    let (v, m) = (c.cpu.xmm[x(i, 1)], c.cpu.xmm[x(i, 2)]);
+    let a = sse::rdi(c, i);
+    let mask = host::pmovmskb(m);
+    if mask == 0xffff {
+        return c.store128(a, v);
+    }
+    for n in (0..16).filter(|n| mask >> n & 1 != 0) {
+        let at = c.linear(a, n);
+        c.probe_write(at, 1)?;
+    }
+    for n in (0..16).filter(|n| mask >> n & 1 != 0) {
+        let at = c.linear(a, n);
+        c.store8(at, (v >> (8 * n)) as u8)?;
+    }
+    Ok(())
+}
+
+pub fn select(i: &Instruction) -> Option<Handler> {
+    use Code::*;
+    let mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    Some(match i.code() {
+        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 if mem => {
+            h!(|c, i| c.cpu.xmm[x(i, 0)] = ld128u(c, i)?)
+        }
+        Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 | Movntdqa_xmm_m128 if mem => {
+            h!(|c, i| c.cpu.xmm[x(i, 0)] = ld128(c, i)?)
+        }
+        Movups_xmmm128_xmm | Movupd_xmmm128_xmm | Movdqu_xmmm128_xmm if mem => {
+            h!(|c, i| st128u(c, i, c.cpu.xmm[x(i, 1)])?)
+        }
+        Movaps_xmmm128_xmm | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm | Movntps_m128_xmm | Movntpd_m128_xmm | Movntdq_m128_xmm
+            if mem =>
+        {
+            h!(|c, i| st128(c, i, c.cpu.xmm[x(i, 1)])?)
+        }
+        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128
+        | Movdqa_xmm_xmmm128 | Movups_xmmm128_xmm | Movupd_xmmm128_xmm | Movdqu_xmmm128_xmm | Movaps_xmmm128_xmm
+        | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.xmm[x(i, 1)]),
+
+        Movss_xmm_xmmm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld32(c, i)? as u128),
+        Movss_xmmm32_xmm if mem => h!(|c, i| st32(c, i, c.cpu.xmm[x(i, 1)] as u32)?),
+        Movss_xmm_xmmm32 | Movss_xmmm32_xmm => h!(|c, i| {
+            let v = c.cpu.xmm[x(i, 1)] as u32;
+            set_low32(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movsd_xmm_xmmm64 | Movq_xmm_xmmm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld64(c, i)? as u128),
+        Movsd_xmmm64_xmm | Movq_xmmm64_xmm | Movlps_m64_xmm | Movlpd_m64_xmm if mem => {
+            h!(|c, i| st64(c, i, c.cpu.xmm[x(i, 1)] as u64)?)
+        }
+        Movsd_xmm_xmmm64 | Movsd_xmmm64_xmm => h!(|c, i| {
+            let v = c.cpu.xmm[x(i, 1)] as u64;
+            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.xmm[x(i, 1)] & LOW64),
+        Movlps_xmm_m64 | Movlpd_xmm_m64 => h!(|c, i| {
+            let v = ld64(c, i)?;
+            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movhps_xmm_m64 | Movhpd_xmm_m64 => h!(|c, i| {
+            let v = ld64(c, i)?;
+            set_high64(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movhps_m64_xmm | Movhpd_m64_xmm => h!(|c, i| st64(c, i, (c.cpu.xmm[x(i, 1)] >> 64) as u64)?),
+        Movhlps_xmm_xmm => h!(|c, i| {
+            let v = (c.cpu.xmm[x(i, 1)] >> 64) as u64;
+            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movlhps_xmm_xmm => h!(|c, i| {
+            let v = c.cpu.xmm[x(i, 1)] as u64;
+            set_high64(&mut c.cpu.xmm[x(i, 0)], v);
+        }),
+        Movddup_xmm_xmmm64 if mem => h!(|c, i| {
+            let v = ld64(c, i)? as u128;
+            c.cpu.xmm[x(i, 0)] = v | v << 64;
+        }),
+        Movddup_xmm_xmmm64 => h!(|c, i| {
+            let v = c.cpu.xmm[x(i, 1)] & LOW64;
+            c.cpu.xmm[x(i, 0)] = v | v << 64;
+        }),
+        Movsldup_xmm_xmmm128 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(ld128(c, i)?, 0)),
+        Movsldup_xmm_xmmm128 => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(c.cpu.xmm[x(i, 1)], 0)),
+        Movshdup_xmm_xmmm128 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(ld128(c, i)?, 1)),
+        Movshdup_xmm_xmmm128 => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(c.cpu.xmm[x(i, 1)], 1)),
+
+        Movd_xmm_rm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld32(c, i)? as u128),
+        Movd_xmm_rm32 => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.gpr[g(i, 1)] as u32 as u128),
+        Movq_xmm_rm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld64(c, i)? as u128),
+        Movq_xmm_rm64 => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.gpr[g(i, 1)] as u128),
+        Movd_rm32_xmm if mem => h!(|c, i| st32(c, i, c.cpu.xmm[x(i, 1)] as u32)?),
+        Movd_rm32_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = c.cpu.xmm[x(i, 1)] as u32 as u64),
+        Movq_rm64_xmm if mem => h!(|c, i| st64(c, i, c.cpu.xmm[x(i, 1)] as u64)?),
+        Movq_rm64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = c.cpu.xmm[x(i, 1)] as u64),
+
+        Pmovmskb_r32_xmm | Pmovmskb_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::pmovmskb(c.cpu.xmm[x(i, 1)]) as u64),
+        Movmskps_r32_xmm | Movmskps_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::movmskps(c.cpu.xmm[x(i, 1)]) as u64),
+        Movmskpd_r32_xmm | Movmskpd_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::movmskpd(c.cpu.xmm[x(i, 1)]) as u64),
+        Maskmovdqu_rDI_xmm_xmm => h!(|c, i| maskmovdqu(c, i)?),
+        // Not an SSE-state instruction: no checks.
+        Movnti_m32_r32 => {
+            fn f(c: &mut Core, i: &Insn) -> Result<crate::insn::Flow, Fault> {
+                st32(c, i, c.cpu.gpr[g(i, 1)] as u32)?;
+                sse::NEXT
+            }
+            f
+        }
+        Movnti_m64_r64 => {
+            fn f(c: &mut Core, i: &Insn) -> Result<crate::insn::Flow, Fault> {
+                st64(c, i, c.cpu.gpr[g(i, 1)])?;
+                sse::NEXT
+            }
+            f
+        }
+
+        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 if mem => {
+            h!(|c, i| st8(c, i, (c.cpu.xmm[x(i, 1)] >> (8 * (i.imm & 15))) as u8)?)
+        }
+        Pextrb_r32m8_xmm_imm8 | Pextrb_r64m8_xmm_imm8 => {
+            h!(|c, i| c.cpu.gpr[g(i, 0)] = (c.cpu.xmm[x(i, 1)] >> (8 * (i.imm & 15))) as u8 as u64)
+        }
+        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 if mem => {
+            h!(|c, i| st16(c, i, (c.cpu.xmm[x(i, 1)] >> (16 * (i.imm & 7))) as u16)?)
+        }
+        Pextrw_r32m16_xmm_imm8 | Pextrw_r64m16_xmm_imm8 | Pextrw_r32_xmm_imm8 | Pextrw_r64_xmm_imm8 => {
+            h!(|c, i| c.cpu.gpr[g(i, 0)] = (c.cpu.xmm[x(i, 1)] >> (16 * (i.imm & 7))) as u16 as u64)
+        }
+        Pextrd_rm32_xmm_imm8 | Extractps_rm32_xmm_imm8 | Extractps_r64m32_xmm_imm8 if mem => {
+            h!(|c, i| st32(c, i, (c.cpu.xmm[x(i, 1)] >> (32 * (i.imm & 3))) as u32)?)
+        }
+        Pextrd_rm32_xmm_imm8 | Extractps_rm32_xmm_imm8 | Extractps_r64m32_xmm_imm8 => {
+            h!(|c, i| c.cpu.gpr[g(i, 0)] = (c.cpu.xmm[x(i, 1)] >> (32 * (i.imm & 3))) as u32 as u64)
+        }
+        Pextrq_rm64_xmm_imm8 if mem => h!(|c, i| st64(c, i, (c.cpu.xmm[x(i, 1)] >> (64 * (i.imm & 1))) as u64)?),
+        Pextrq_rm64_xmm_imm8 => h!(|c, i| c.cpu.gpr[g(i, 0)] = (c.cpu.xmm[x(i, 1)] >> (64 * (i.imm & 1))) as u64),
+        _ => return None,
+    })
+}
