@@ -153,7 +153,7 @@ def run(scratch: Path) -> list[tuple[str, float]]:
     try:
         console.expect(r"freezeframe guest is up", deadline_s=BOOT_DEADLINE_S)
         times.append(("boot to userland (4 vCPUs, software or KVM)", time.monotonic() - began))
-        console.expect(r"guest:.*# ?\Z")
+        console.expect(r"guest:\S*# ")
         console.send(PREPARE)
         console.expect(r"^tick 5$")
         here = console.mark()

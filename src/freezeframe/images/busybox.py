@@ -15,9 +15,10 @@ _PARTITION_START = 1 << 20
 _GPT_BACKUP = 1 << 20
 MIN_SIZE = 16 << 20
 
+# cttyhack: the shell gets the kernel's console as its controlling terminal, whatever it is called (hvc0, ttyS0).
 _INITTAB = """\
 ::sysinit:/etc/init.d/rcS
-::respawn:/sbin/console-shell
+::respawn:/bin/busybox cttyhack /bin/sh -l
 ::ctrlaltdel:/sbin/reboot
 ::shutdown:/bin/busybox sync
 ::shutdown:/bin/busybox umount -a -r
@@ -37,13 +38,6 @@ hostname freezeframe
 echo "freezeframe guest is up: $(uname -sr), $(grep -c ^processor /proc/cpuinfo) CPUs"
 """
 
-# The shell gets the kernel's console as its controlling terminal, whatever it is called (hvc0, ttyS0).
-_CONSOLE_SHELL = """\
-#!/bin/sh
-tty=$(busybox sed 's/.* //' /sys/class/tty/console/active)
-exec busybox setsid -c busybox sh -l </dev/${tty:-console} >/dev/${tty:-console} 2>&1
-"""
-
 _POWER_BUTTON = """\
 #!/bin/sh
 exec /sbin/poweroff
@@ -52,7 +46,6 @@ exec /sbin/poweroff
 _FILES: dict[str, tuple[str, int]] = {
     "etc/inittab": (_INITTAB, 0o644),
     "etc/init.d/rcS": (_RCS, 0o755),
-    "sbin/console-shell": (_CONSOLE_SHELL, 0o755),
     "etc/acpi/PWRF/00000080": (_POWER_BUTTON, 0o755),
     "etc/passwd": ("root::0:0:root:/root:/bin/sh\n", 0o644),
     "etc/group": ("root:x:0:\n", 0o644),

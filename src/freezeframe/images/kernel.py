@@ -20,7 +20,7 @@ _METAPACKAGE = "linux-image-cloud-amd64"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio-rng", "ext4")
 
 # Bump when the initramfs changes: it is part of the cached file's name.
-_INITRAMFS_VERSION = 1
+_INITRAMFS_VERSION = 3
 
 _INIT = """\
 #!/bin/busybox sh
@@ -30,6 +30,8 @@ _INIT = """\
 for module in $(/bin/busybox cat /modules/order); do
     /bin/busybox insmod /modules/$module || echo "initramfs: cannot load $module"
 done
+# hvc0 appears only with its module, after the kernel has tried to open /dev/console for us.
+exec </dev/console >/dev/console 2>&1
 root= flags=-r type=ext4 init=/sbin/init
 for word in $(/bin/busybox cat /proc/cmdline); do
     case $word in
@@ -42,7 +44,7 @@ for word in $(/bin/busybox cat /proc/cmdline); do
 done
 if [ -z "$root" ]; then
     echo "initramfs: no root= on the kernel command line; here is a shell"
-    exec /bin/busybox setsid -c /bin/busybox sh
+    exec /bin/busybox cttyhack /bin/busybox sh
 fi
 tries=0
 while :; do
@@ -53,13 +55,13 @@ while :; do
     if [ $tries -gt 100 ]; then
         echo "initramfs: root device $root did not appear; block devices:"
         /bin/busybox cat /proc/partitions
-        exec /bin/busybox setsid -c /bin/busybox sh
+        exec /bin/busybox cttyhack /bin/busybox sh
     fi
     /bin/busybox usleep 50000
 done
 if ! /bin/busybox mount $flags -t $type "$device" /root; then
     echo "initramfs: cannot mount $device; here is a shell"
-    exec /bin/busybox setsid -c /bin/busybox sh
+    exec /bin/busybox cttyhack /bin/busybox sh
 fi
 /bin/busybox mount -o move /dev /root/dev
 /bin/busybox umount /proc /sys
