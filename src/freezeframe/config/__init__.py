@@ -6,7 +6,7 @@ this VMM cannot do. The command line's syntax is in `freezeframe.options`.
 
 from __future__ import annotations
 
-from freezeframe.config.restore import RestoreConfig, RestoredDisk, SnapshotConfig
+from freezeframe.config.restore import AnyBody, ResizeData, RestoreConfig, RestoredDisk, SnapshotConfig
 from freezeframe.config.validate import refuse_unsupported, validate
 from freezeframe.config.vm import (
     ConsoleConfig,
@@ -22,6 +22,7 @@ from freezeframe.config.vm import (
 )
 
 __all__ = [
+    "AnyBody",
     "ConsoleConfig",
     "CpuTopology",
     "CpusConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "DiskConfig",
     "MemoryConfig",
     "PayloadConfig",
+    "ResizeData",
     "RestoreConfig",
     "RestoredDisk",
     "RngConfig",

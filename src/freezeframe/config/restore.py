@@ -87,3 +87,9 @@ class ResizeData(Record):
     desired_vcpus: U32 | None = None
     desired_ram: U64 | None = None
     desired_balloon: U64 | None = None
+
+
+class AnyBody(Record):
+    """The body of an action that is refused whatever it says; it must still be a JSON object."""
+
+    STRICT: ClassVar = False

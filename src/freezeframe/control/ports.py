@@ -1,0 +1,60 @@
+"""What control needs of the layers below it: a machine, and a way to make one. Tests put fakes in their place."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Literal, Protocol
+
+    from freezeframe.config import RestoreConfig, VmConfig
+
+    class EngineReport(Protocol):
+        """Which CPU engine runs a machine, and why that one."""
+
+        @property
+        def name(self) -> str: ...
+        @property
+        def reason(self) -> str: ...
+
+    class StopReason(Protocol):
+        """Why the vCPUs stopped by themselves. `error` is there for "failed"."""
+
+        @property
+        def kind(self) -> Literal["poweroff", "reset", "failed"]: ...
+        @property
+        def error(self) -> BaseException | None: ...
+
+    class Machine(Protocol):
+        """A live machine, built paused."""
+
+        on_stop: Callable[[Any], None] | None
+
+        @property
+        def state(self) -> Literal["created", "running", "paused", "shutdown"]: ...
+        @property
+        def engine(self) -> EngineReport: ...
+        def resume(self) -> None: ...
+        def pause(self) -> None: ...
+        def power_button(self) -> None: ...
+        def counters(self) -> dict[str, dict[str, int]]: ...
+        def close(self) -> None: ...
+
+    class Backend(Protocol):
+        """Makes machines and snapshots of them."""
+
+        def boot(self, config: VmConfig) -> Machine:
+            """A machine with its kernel loaded, paused before the first instruction."""
+            ...
+
+        def restore(self, directory: str, request: RestoreConfig) -> tuple[VmConfig, Machine]:
+            """The machine of a snapshot, paused, and its configuration as it now is."""
+            ...
+
+        def snapshot(self, directory: str, config: VmConfig, machine: Machine) -> None:
+            """Write a paused machine into an existing directory."""
+            ...
+
+        def device_tree(self, machine: Machine) -> dict[str, Any] | None:
+            """CH's `device_tree`, where the machine knows one."""
+            ...
