@@ -32,7 +32,7 @@ class FreezeframeError(Exception):
         self.chain: tuple[str, ...] = ()
 
     def chained(self, *chain: str) -> Self:
-        """Sets the texts that Cloud Hypervisor's API and commands give for this failure, outermost first; ours comes last."""
+        """Sets the texts that Cloud Hypervisor gives for this failure, outermost first; our message comes last."""
         self.chain = chain
         return self
 

@@ -32,8 +32,15 @@ pub fn refused(message: impl Into<String>) -> PyErr {
 pub fn io_failed(what: &str, source: &std::io::Error) -> PyErr {
     Python::attach(|py| {
         let error = raise("IoFailed", what, &[]);
-        let os = std::io::Error::from_raw_os_error(source.raw_os_error().unwrap_or(5));
-        error.set_cause(py, Some(os.into()));
+        // Made from number and text, as Python's own are, so that `errno` and `strerror` are there.
+        let number = source.raw_os_error().unwrap_or(libc::EIO);
+        let text =
+            py.import("os").and_then(|os| os.call_method1("strerror", (number,))).and_then(|text| text.extract::<String>());
+        let cause = match text {
+            Ok(text) => pyo3::exceptions::PyOSError::new_err((number, text)),
+            Err(error) => error,
+        };
+        error.set_cause(py, Some(cause));
         error
     })
 }

@@ -124,7 +124,10 @@ def encode(*, producer: str, engine: str, config: dict[str, Any], state: dict[st
             f"{DOCUMENT_NAME} would have {len(document)} bytes; {DOCUMENT_LIMIT} is the most that can be restored",
             hint="the machine has more memory in use than a snapshot of this version can describe",
         )
-    again = decode(document, DOCUMENT_NAME)
+    try:
+        again = decode(document, DOCUMENT_NAME)
+    except Damaged as error:
+        raise Refused(f"the machine's state cannot be written so that it can be read back: {error}") from error
     if again.config != config or again.state != state or again.memory != memory:
         raise Refused("the machine's state does not survive being written: it holds values that JSON does not have")
     return document

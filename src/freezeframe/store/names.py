@@ -30,7 +30,4 @@ def not_a_directory(path: str) -> str:
 
 
 def path_text(directory: str | os.PathLike[str]) -> str:
-    path = os.fspath(directory)
-    if not isinstance(path, str):
-        raise TypeError("a snapshot directory is named by text, not bytes")
-    return path
+    return os.fsdecode(directory)
