@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.ours import Ours
-from bench.process import stored_bytes
+from bench.ours import DEADLINE_S, Ours
 from bench.qemu import Qemu
+from freezeframe.testing.process import Vmm
 
-UP = rb"freezeframe guest is up"
-PROMPT = rb"guest:[^#]*# "
+UP = r"freezeframe guest is up"
+PROMPT = r"guest:[^#]*# "
 AIMS = {"boot": 1.5, "pause": 2.0, "snapshot": 1.0, "exec to restored": 0.3}
 Results = dict[str, dict[str, list[float]]]
 
@@ -28,6 +28,17 @@ Results = dict[str, dict[str, list[float]]]
 def note(results: Results, row: str, who: str, value: float) -> None:
     results.setdefault(row, {}).setdefault(who, []).append(value)
     print(f"  {who:<12} {row:<32} {value:12.4f}", file=sys.stderr, flush=True)
+
+
+def arrival(vmm: Vmm, pattern: str, since: int = 0) -> float:
+    """When the end of `pattern` was printed."""
+    return vmm.console.arrived(vmm.console.expect(pattern, since, DEADLINE_S).end())
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes that a file or the files of a directory take on disk."""
+    files = [path] if path.is_file() else list(path.iterdir())
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def trip(vmm_class: type[Ours] | type[Qemu], results: Results, scratch: Path, args: argparse.Namespace, cpus: int, guest: tuple[Path, Path, Path]) -> None:
@@ -40,11 +51,11 @@ def trip(vmm_class: type[Ours] | type[Qemu], results: Results, scratch: Path, ar
     who = side.name
     vmm = side.boot()
     try:
-        note(results, f"boot, {cpus} vCPU [s]", who, vmm.console.expect(UP) - vmm.started)
+        note(results, f"boot, {cpus} vCPU [s]", who, arrival(vmm, UP) - vmm.started)
         vmm.console.expect(PROMPT)
-        here = vmm.console.length()
+        here = vmm.console.mark()
         vmm.send("while :; do echo tick; usleep 1000; done")
-        vmm.console.expect(rb"(tick\r\n){20}", here)
+        vmm.console.expect(r"(tick\n){20}", here)
         note(results, f"pause, {cpus} vCPU [ms]", who, side.pause() * 1e3)
         saved = work / "saved"
         note(results, f"snapshot, {cpus} vCPU [ms]", who, side.snapshot(saved) * 1e3)
@@ -56,10 +67,10 @@ def trip(vmm_class: type[Ours] | type[Qemu], results: Results, scratch: Path, ar
     try:
         note(results, f"exec to restored, {cpus} vCPU [ms]", who, took * 1e3)
         note(results, f"resident before resume, {cpus} vCPU [MiB]", who, vmm.resident() / 2**20)
-        here = vmm.console.length()
+        here = vmm.console.mark()
         began = time.monotonic()
         side.resume()
-        note(results, f"resume to output, {cpus} vCPU [ms]", who, (vmm.console.expect(rb"tick", here) - began) * 1e3)
+        note(results, f"resume to output, {cpus} vCPU [ms]", who, (arrival(vmm, "tick", here) - began) * 1e3)
     finally:
         vmm.kill()
     shutil.rmtree(work)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.process import DEADLINE_S, Vmm
+from freezeframe.testing.process import Vmm
 
-BIN = Path(sys.executable).parent
+DEADLINE_S = 600.0
 
 
 class _Connection(http.client.HTTPConnection):
@@ -40,9 +39,9 @@ class Ours:
         self._number += 1
         self._socket = self._scratch / f"ours-{self._number}.sock"
         return Vmm([
-            str(BIN / "cloud-hypervisor"), "--api-socket", str(self._socket), "--cpus", f"boot={self._cpus}", "--memory", f"size={self._memory}",
+            "--cpus", f"boot={self._cpus}", "--memory", f"size={self._memory}",
             "--kernel", str(kernel), "--initramfs", str(initramfs), "--cmdline", f"{cmdline} console=hvc0", "--disk", f"path={disk}",
-        ])  # fmt: skip
+        ], socket=self._socket)  # fmt: skip
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         connection = _Connection(self._socket)
@@ -69,7 +68,7 @@ class Ours:
         """A new process with the machine restored and paused, and how long that took from before its start."""
         self._number += 1
         self._socket = self._scratch / f"ours-{self._number}.sock"
-        vmm = Vmm([str(BIN / "cloud-hypervisor"), "--api-socket", str(self._socket), "--restore", f"source_url=file://{where}"])
+        vmm = Vmm(["--restore", f"source_url=file://{where}"], socket=self._socket)
         while True:
             try:
                 if self._call("GET", "vm.info")["state"] == "Paused":

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.process import DEADLINE_S, Vmm
+from freezeframe.testing.process import Vmm
+
+DEADLINE_S = 600.0
 
 
 def _tsc_khz() -> int:
@@ -33,7 +35,7 @@ class Qemu:
         self._number += 1
         self._socket = self._scratch / f"qmp-{self._number}.sock"
         return [
-            "qemu-system-x86_64", "-M", "microvm,pcie=on,acpi=on,rtc=on", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+x2apic,+ssse3,+sse4.1,+sse4.2,+popcnt",
+            "-M", "microvm,pcie=on,acpi=on,rtc=on", "-accel", "tcg,thread=multi", "-cpu", "qemu64,+x2apic,+ssse3,+sse4.1,+sse4.2,+popcnt",
             "-m", self._memory, "-smp", str(self._cpus), "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{cmdline} console=hvc0 tsc_early_khz={_tsc_khz()}",
             "-drive", f"id=d,file={disk},format=raw,if=none", "-device", "virtio-blk-pci,drive=d", "-device", "virtio-rng-pci",
             "-device", "virtio-serial-pci", "-chardev", "stdio,id=c", "-device", "virtconsole,chardev=c", "-display", "none", "-no-reboot",
@@ -42,7 +44,7 @@ class Qemu:
 
     def boot(self) -> Vmm:
         self._qmp = None
-        return Vmm(self._argv())
+        return Vmm(self._argv(), command="qemu-system-x86_64")
 
     def _connect(self) -> Any:
         if self._qmp is None:
@@ -95,7 +97,7 @@ class Qemu:
 
     def restore(self, where: Path) -> tuple[Vmm, float]:
         self._qmp = None
-        vmm = Vmm(self._argv("-S", "-incoming", f"exec:cat {where}"))
+        vmm = Vmm(self._argv("-S", "-incoming", f"exec:cat {where}"), command="qemu-system-x86_64")
         self._connect()
         end = time.monotonic() + DEADLINE_S
         while self._say("query-status")["status"] == "inmigrate":

@@ -6,17 +6,17 @@ for making the guest's kernel and disk.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from freezeframe.images import build_busybox_disk, cloud_kernel
+from freezeframe.testing.process import Unexpected, Vmm
 
 BIN = Path(sys.executable).parent
 BOOT_DEADLINE_S = 600
@@ -25,60 +25,6 @@ STEP_DEADLINE_S = 120
 
 class DemoFailed(Exception):
     """A step did not do what it should."""
-
-
-class Console:
-    """The guest's console on a VMM's stdin and stdout: everything that was printed, and waiting for text in it."""
-
-    def __init__(self, process: subprocess.Popen[bytes], *, show: bool) -> None:
-        self._process = process
-        self._show = show
-        self._text = ""
-        self._changed = threading.Condition()
-        self._ended = False
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        while chunk := os.read(self._process.stdout.fileno(), 65536):
-            text = chunk.decode(errors="replace").replace("\r", "")
-            if self._show:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            with self._changed:
-                self._text += text
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    @property
-    def text(self) -> str:
-        with self._changed:
-            return self._text
-
-    def mark(self) -> int:
-        """Where the output ends now: pass it to `expect` to look only at what comes later."""
-        return len(self.text)
-
-    def send(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line.encode() + b"\n")
-        self._process.stdin.flush()
-
-    def expect(self, pattern: str, since: int = 0, deadline_s: float = STEP_DEADLINE_S) -> re.Match[str]:
-        """Waits until `pattern` appears after position `since`."""
-        end = time.monotonic() + deadline_s
-        with self._changed:
-            while True:
-                found = re.compile(pattern, re.MULTILINE).search(self._text, since)
-                if found:
-                    return found
-                left = end - time.monotonic()
-                if self._ended or left <= 0:
-                    why = "the VMM ended" if self._ended else f"{deadline_s:.0f} s passed"
-                    raise DemoFailed(f"{why} while waiting for {pattern!r}; the console's end:\n{self._text[-2000:]}")
-                self._changed.wait(left)
 
 
 def say(text: str) -> None:
@@ -94,18 +40,9 @@ def command(*argv: str) -> str:
     return done.stdout
 
 
-def start(*argv: str, show: bool) -> tuple[subprocess.Popen[bytes], Console]:
-    print("$ " + " ".join(argv) + " &", flush=True)
-    process = subprocess.Popen([str(BIN / argv[0]), *argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    return process, Console(process, show=show)
-
-
-def wait_for_socket(path: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the VMM answers (a restore is done when it does)."""
-    end = time.monotonic() + STEP_DEADLINE_S
-    while subprocess.run([str(BIN / "ch-remote"), f"--api-socket={path}", "info"], capture_output=True, check=False).returncode:
-        if process.poll() is not None or time.monotonic() > end:
-            raise DemoFailed(f"the VMM did not answer on {path} (exit status {process.poll()})")
+def start(socket: Path, *argv: str, show: bool) -> Vmm:
+    print(f"$ cloud-hypervisor --api-socket {socket} " + " ".join(argv) + " &", flush=True)
+    return Vmm(argv, socket=socket, echo=show)
 
 
 def timed(times: list[tuple[str, float]], what: str, step: Callable[[], object]) -> None:
@@ -130,9 +67,6 @@ def ticks(text: str) -> list[int]:
 
 
 def run(scratch: Path) -> list[tuple[str, float]]:
-    # Imported late: the package may be several versions away from this script's user.
-    from freezeframe.images import build_busybox_disk, cloud_kernel
-
     times: list[tuple[str, float]] = []
     say("A guest: Debian's stock cloud kernel and a disk with busybox")
     guest = cloud_kernel(lambda line: print(f"   {line}", flush=True))
@@ -145,46 +79,45 @@ def run(scratch: Path) -> list[tuple[str, float]]:
 
     say("Boot it: 4 vCPUs, 4 GiB, console on this terminal")
     began = time.monotonic()
-    vmm, console = start(
-        "cloud-hypervisor", "--api-socket", str(socket), "--cpus", "boot=4", "--memory", "size=4G",
+    vmm = start(
+        socket, "--cpus", "boot=4", "--memory", "size=4G",
         "--kernel", str(guest.kernel), "--initramfs", str(guest.initramfs),
         "--cmdline", "root=/dev/vda1 console=hvc0 rw", "--disk", f"path={disk}", show=True,
     )  # fmt: skip
     try:
-        console.expect(r"freezeframe guest is up", deadline_s=BOOT_DEADLINE_S)
+        vmm.console.expect(r"freezeframe guest is up", deadline_s=BOOT_DEADLINE_S)
         times.append(("boot to userland (4 vCPUs, software or KVM)", time.monotonic() - began))
-        console.expect(r"guest:\S*# ")
-        console.send(PREPARE)
-        console.expect(r"^tick 5$")
-        here = console.mark()
-        console.send("proof")
-        before = console.expect(PROOF, here).group(1)
+        vmm.console.expect(r"guest:\S*# ")
+        vmm.send(PREPARE)
+        vmm.console.expect(r"^tick 5$")
+        here = vmm.console.mark()
+        vmm.send("proof")
+        before = vmm.console.expect(PROOF, here).group(1)
 
         say("Pause, snapshot, look, and kill the VMM with SIGKILL")
         snapshot.mkdir()
         timed(times, "ch-remote pause", lambda: command(*remote, "pause"))
         timed(times, "ch-remote snapshot (synced to disk)", lambda: command(*remote, "snapshot", f"file://{snapshot}"))
     finally:
-        vmm.send_signal(signal.SIGKILL)
-        vmm.wait()
+        vmm.kill()
     print(f"$ ls -l {snapshot}")
     print(subprocess.run(["ls", "-l", str(snapshot)], capture_output=True, text=True, check=True).stdout, end="")
     stored = sum(path.stat().st_blocks * 512 for path in snapshot.iterdir())
-    last_tick = ticks(console.text)[-1]
+    last_tick = ticks(vmm.console.text)[-1]
 
     say("Restore it in a new VMM, and resume")
     began = time.monotonic()
-    vmm, console = start("cloud-hypervisor", "--api-socket", str(socket), "--restore", f"source_url=file://{snapshot}", show=False)
+    vmm = start(socket, "--restore", f"source_url=file://{snapshot}", show=False)
     try:
-        wait_for_socket(socket, vmm)
+        vmm.wait_ready()
         times.append(("restore: new process → paused machine", time.monotonic() - began))
         timed(times, "ch-remote resume", lambda: command(*remote, "resume"))
         began = time.monotonic()
-        console.expect(r"^tick \d+$")
+        vmm.console.expect(r"^tick \d+$")
         times.append(("resume → the guest's next output", time.monotonic() - began))
-        console.send("proof")
-        after = console.expect(PROOF).group(1)
-        seen = ticks(console.text)
+        vmm.send("proof")
+        after = vmm.console.expect(PROOF).group(1)
+        seen = ticks(vmm.console.text)
 
         say("Is it the same machine?")
         print(f"   before: {before}\n   after:  {after}")
@@ -196,13 +129,12 @@ def run(scratch: Path) -> list[tuple[str, float]]:
         print("   yes: a random number held only in guest RAM, process ids, an open deleted file and an uninterrupted counter")
 
         say("Switch it off from inside")
-        console.send("kill $LOOP; poweroff")
+        vmm.send("kill $LOOP; poweroff")
         status = vmm.wait(STEP_DEADLINE_S)
         if status != 0:
             raise DemoFailed(f"the VMM ended with {status} after the guest's power-off")
     finally:
         vmm.kill()
-        vmm.wait()
     times.append((f"(the snapshot takes {stored / 2**20:.0f} MiB on disk for a 4 GiB guest)", 0))
     return times
 
@@ -211,7 +143,7 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="freezeframe-demo-"))
     try:
         times = run(scratch)
-    except (DemoFailed, subprocess.TimeoutExpired) as error:
+    except (DemoFailed, Unexpected, subprocess.TimeoutExpired) as error:
         print(f"\nThe demo failed: {error}\nIts files are in {scratch}", file=sys.stderr)
         return 1
     say("What took how long")
