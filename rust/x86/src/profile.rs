@@ -106,7 +106,6 @@ pub const FEATURES: &[Feature] = &[
     f("rdtscp", Word::Ext1Edx, 27),
     f("lm", Word::Ext1Edx, 29),
     f("lahf_lm", Word::Ext1Ecx, 0),
-    f("cr8_legacy", Word::Ext1Ecx, 4),
     f("3dnowprefetch", Word::Ext1Ecx, 8),
     f("topoext", Word::Ext1Ecx, 22),
     f("constant_tsc", Word::Ext7Edx, 8),
