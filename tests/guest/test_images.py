@@ -9,7 +9,7 @@ from freezeframe.testing import guests
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("build", [guests.tick])
+@pytest.mark.parametrize("build", [guests.tick, guests.smp, lambda: guests.smp(1, x2apic=True, deadline=True)])
 def test_image_is_an_elf_with_a_pvh_note(build):
     image = build()
     assert image[:5] == b"\x7fELF\x02"

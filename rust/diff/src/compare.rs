@@ -13,7 +13,11 @@ const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
 const RF: u64 = 1 << 16;
 
+/// From here on Linux says "present" whatever the page tables say.
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+
 const BP: u8 = 3;
+const XM: u8 = 19;
 const PAGE_FAULT: u8 = 14;
 
 /// How strict to be.
@@ -111,6 +115,10 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
     let Some(form) = forms::decode(&case.bytes, case.bits, case.state.rip) else { return vec!["does not decode".into()] };
     let insn = form.insn;
     let completed = native.vector == BP;
+    if native.vector == PAGE_FAULT && matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu) {
+        // Whether bytes that the mask leaves out can fault is the processor's choice.
+        return out;
+    }
 
     if native.vector != ours.vector && !(rules.stack_faults_alike && native.vector == 12 && ours.vector == 13) {
         out.push(format!("vector {} ours {}", native.vector, ours.vector));
@@ -118,14 +126,17 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
     let has_error = matches!(native.vector, 8 | 10..=14 | 17);
     if native.vector == ours.vector && has_error {
         let mut mask = u32::MAX;
-        if native.vector == PAGE_FAULT && native.cr2 >> 47 != 0 {
-            mask = !1; // Linux hides whether its own pages are present.
+        if native.vector == PAGE_FAULT && native.cr2 >= TASK_SIZE {
+            mask = !1;
         }
         if (native.error ^ ours.error) & mask != 0 {
             out.push(format!("error code {:#x} ours {:#x}", native.error, ours.error));
         }
     }
-    if native.vector == PAGE_FAULT && ours.vector == PAGE_FAULT && native.cr2 != ours.cr2 {
+    // Where in a long operand the fault is met, and what has been written by then, is the processor's choice.
+    let long = insn.memory_size().size() > 16;
+    let page = if long { !0xfff } else { u64::MAX };
+    if native.vector == PAGE_FAULT && ours.vector == PAGE_FAULT && (native.cr2 ^ ours.cr2) & page != 0 {
         out.push(format!("cr2 {:#x} ours {:#x}", native.cr2, ours.cr2));
     }
 
@@ -141,6 +152,10 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
         out.push(format!("rip {:#x} ours {:#x}", n.rip, o.rip));
     }
     let mut mask = !RF;
+    if matches!(insn.mnemonic(), Mnemonic::Fcomi | Mnemonic::Fcomip | Mnemonic::Fucomi | Mnemonic::Fucomip) && o.u16(fx::FSW) & 0x80 != 0 {
+        // Unmasked invalid operand: Intel's manual leaves the flags alone, this AMD processor sets them.
+        mask &= !(CF | PF | AF | ZF | SF | OF);
+    }
     if completed && !rules.strict {
         mask &= !undefined_flags(case, &insn);
     }
@@ -176,7 +191,7 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
     } else {
         Vec::new()
     };
-    if native.data != ours.data {
+    if native.data != ours.data && !(long && !completed) {
         let differing: Vec<usize> = (0..DATA_LEN).filter(|i| native.data[*i] != ours.data[*i] && !skip.contains(i)).collect();
         for i in differing.iter().take(8) {
             out.push(format!(
@@ -206,6 +221,9 @@ fn floats(insn: &Instruction, case: &Case, native: &Outcome, ours: &Outcome, out
     }
     if n.mxcsr() != o.mxcsr() {
         out.push(format!("mxcsr {:#x} ours {:#x}", n.mxcsr(), o.mxcsr()));
+    }
+    if native.vector == XM && matches!(insn.mnemonic(), M::Cvtpd2pi | M::Cvtps2pi | M::Cvttpd2pi | M::Cvttps2pi) {
+        return; // Whether the exception comes before or after the switch to MMX is the processor's choice.
     }
     for (name, at) in [("fcw", fx::FCW), ("fsw", fx::FSW)] {
         if n.u16(at) != o.u16(at) {

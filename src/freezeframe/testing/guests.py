@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 
-__all__ = ["tick"]
+__all__ = ["smp", "tick"]
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "asm")
 
@@ -49,3 +49,15 @@ def tick(*, base: int = 0x40_0000, size: int = 0x10_0000, spin: int = 0) -> byte
     or `BAD register` and halts. `spin`: loop turns between lines.
     """
     return _assemble("tick", (("BASE", base), ("SIZE", size), ("SPIN", spin)))
+
+
+def smp(cpus: int = 2, *, x2apic: bool = False, deadline: bool = False, period: int = 1_000_000) -> bytes:
+    """A guest that keeps `cpus` (1–64) CPUs and their LAPICs busy: `READY`, `CPUS <n>`, then `T 1`, `T 2`, … for ever.
+
+    The first CPU starts the others by INIT and SIPI. Each CPU has a timer interrupt (periodic, or TSC `deadline`) every
+    `period` bus clocks or TSC ticks and halts in between; before each line every other CPU must have answered
+    an IPI and a timer interrupt must have come. `BAD …` and a halt on memory that changed, a timer that stopped or an exception.
+    A lost interrupt shows as lines that no longer come. CPU i must have APIC id i.
+    """
+    symbols = (("CPUS", cpus), ("X2APIC", int(x2apic)), ("DEADLINE", int(deadline)), ("PERIOD", period))
+    return _assemble("smp", symbols)
