@@ -19,14 +19,18 @@ _UNITS = {"K": 10, "M": 20, "G": 30}
 def add_image(parser: argparse.ArgumentParser) -> None:
     parser.description = "Makes guest disks from Debian packages, without root, in seconds."
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    busybox = kinds.add_parser("busybox", help="a small Linux root disk: GPT, ext4 on /dev/vda1, busybox, a shell on the console")
+    busybox = kinds.add_parser(
+        "busybox", help="a small Linux root disk: GPT, ext4 on /dev/vda1, busybox, a shell on the console"
+    )
     busybox.add_argument("out", metavar="OUT", type=Path, help="the raw disk file to make; it must not exist")
     busybox.add_argument("--size", default="64M", help="size of the disk, with suffix K, M or G (default: %(default)s)")
     parser.set_defaults(run=run_image)
 
 
 def add_kernel(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Provides Debian's stock cloud kernel with an initramfs that finds the root disk; prints where they are."
+    parser.description = (
+        "Provides Debian's stock cloud kernel with an initramfs that finds the root disk; prints where they are."
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     parser.set_defaults(run=run_kernel)
 

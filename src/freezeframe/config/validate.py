@@ -173,9 +173,9 @@ _ONLY: dict[str, dict[str, object | Callable[[object], bool]]] = {
         "lock_granularity": "ByteRange",
     },
     "RngConfig": {"iommu": False, "pci_segment": 0, "pci_device_id": None, "id": None, "src": "/dev/urandom"},
-    "SerialConfig": {"mode": lambda mode: mode not in ("Pty", "Socket"), "socket": None},
+    "SerialConfig": {"mode": lambda mode: mode != "Socket", "socket": None},
     "ConsoleConfig": {
-        "mode": lambda mode: mode not in ("Pty", "Socket"),
+        "mode": lambda mode: mode != "Socket",
         "socket": None,
         "iommu": False,
         "pci_segment": 0,

@@ -18,17 +18,15 @@ if TYPE_CHECKING:
         def reason(self) -> str: ...
 
     class StopReason(Protocol):
-        """Why the vCPUs stopped by themselves. `error` is there for "failed"."""
+        """Why the vCPUs stopped by themselves: `poweroff`, `reset`, or `failed` with a message."""
 
-        @property
-        def kind(self) -> Literal["poweroff", "reset", "failed"]: ...
-        @property
-        def error(self) -> BaseException | None: ...
+        kind: str
+        message: str | None
 
     class Machine(Protocol):
-        """A live machine, built paused."""
+        """A live machine, built paused. (A backend only ever gets machines that it made.)"""
 
-        on_stop: Callable[[Any], None] | None
+        on_stop: Callable[[Any], None]
 
         @property
         def state(self) -> Literal["created", "running", "paused", "shutdown"]: ...
@@ -47,14 +45,18 @@ if TYPE_CHECKING:
             """A machine with its kernel loaded, paused before the first instruction."""
             ...
 
+        def reboot(self, machine: Any, config: VmConfig) -> Machine:
+            """Close a machine and give a new one with the same disks and consoles, as `boot` does."""
+            ...
+
         def restore(self, directory: str, request: RestoreConfig) -> tuple[VmConfig, Machine]:
             """The machine of a snapshot, paused, and its configuration as it now is."""
             ...
 
-        def snapshot(self, directory: str, config: VmConfig, machine: Machine) -> None:
+        def snapshot(self, directory: str, config: VmConfig, machine: Any) -> None:
             """Write a paused machine into an existing directory."""
             ...
 
-        def device_tree(self, machine: Machine) -> dict[str, Any] | None:
+        def device_tree(self, machine: Any) -> dict[str, Any] | None:
             """CH's `device_tree`, where the machine knows one."""
             ...

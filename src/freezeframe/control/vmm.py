@@ -13,7 +13,7 @@ from _queue import SimpleQueue
 from _thread import RLock
 
 from freezeframe.control.failures import BAD_REQUEST, NOT_FOUND, NOT_IMPLEMENTED, ActionFailed
-from freezeframe.errors import FreezeframeError, NotSupported, chain_messages
+from freezeframe.errors import FreezeframeError, NotSupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,12 +124,12 @@ class Vmm:
             self._start(top)
             self.emit("vm", "booted")
 
-    def _start(self, top: str) -> None:
+    def _start(self, top: str, old: Machine | None = None) -> None:
         assert self._config is not None
         config = self._config.with_device_ids()
         machine: Machine | None = None
         try:
-            machine = self._backend.boot(config)
+            machine = self._backend.boot(config) if old is None else self._backend.reboot(old, config)
             self._adopt(machine)
             machine.resume()
         except (FreezeframeError, OSError) as error:
@@ -243,9 +243,10 @@ class Vmm:
             self.emit("vm", "rebooting")
             if self._machine is None:
                 raise ActionFailed(top, "VM is not created", status=NOT_FOUND)
-            self._drop_machine()
+            old, self._machine = self._machine, None
+            old.on_stop = _ignore
             self._source = None
-            self._start(top)
+            self._start(top, old)
             self.emit("vm", "rebooted")
 
     def delete(self) -> None:
@@ -306,8 +307,8 @@ class Vmm:
             if reason.kind == "reset":
                 return self._reset()
             if reason.kind == "failed":
-                error = reason.error or FreezeframeError("the CPU engine stopped without saying why")
-                self._report(describe("The VM was stopped", chain_messages(error)))
+                message = reason.message or "the CPU engine stopped without saying why"
+                self._report(describe("The VM was stopped because it cannot go on", [message]))
                 self.delete()
                 return 1
             if self._no_shutdown:
@@ -330,7 +331,7 @@ class Vmm:
     def _drop_machine(self) -> None:
         machine, self._machine = self._machine, None
         if machine is not None:
-            machine.on_stop = None
+            machine.on_stop = _ignore
             machine.close()
 
     def _running(self, top: str) -> Machine:
@@ -349,6 +350,10 @@ class Vmm:
             action()
         except (FreezeframeError, OSError) as error:
             raise ActionFailed(*chain, cause=error) from error
+
+
+def _ignore(_reason: StopReason) -> None:
+    """For a machine that is being closed."""
 
 
 def _to_stderr(text: str) -> None:

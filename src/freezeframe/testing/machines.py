@@ -22,9 +22,13 @@ class FakeEngine:
 class FakeStop:
     """What a machine hands to `on_stop`."""
 
-    def __init__(self, kind: Literal["poweroff", "reset", "failed"], error: BaseException | None = None) -> None:
-        self.kind: Literal["poweroff", "reset", "failed"] = kind
-        self.error = error
+    def __init__(self, kind: str, message: str | None = None) -> None:
+        self.kind = kind
+        self.message = message
+
+
+def _ignore(_reason: object) -> None:
+    """For a machine that nobody watches."""
 
 
 class FakeMachine:
@@ -34,7 +38,7 @@ class FakeMachine:
         self.config = config
         self.state: Literal["created", "running", "paused", "shutdown"] = state
         self.engine = FakeEngine()
-        self.on_stop: Callable[[Any], None] | None = None
+        self.on_stop: Callable[[Any], None] = _ignore
         self.closed = False
         self.buttons = 0
         self.fail: FreezeframeError | None = None
@@ -56,11 +60,10 @@ class FakeMachine:
     def close(self) -> None:
         self.closed = True
 
-    def stop(self, kind: Literal["poweroff", "reset", "failed"], error: BaseException | None = None) -> None:
+    def stop(self, kind: str, message: str | None = None) -> None:
         """What the vCPU thread does when the guest, or the engine, ends."""
         self.state = "shutdown"
-        if self.on_stop is not None:
-            self.on_stop(FakeStop(kind, error))
+        self.on_stop(FakeStop(kind, message))
 
     def _maybe_fail(self) -> None:
         if self.fail is not None:
@@ -81,6 +84,10 @@ class FakeBackend:
         return self.machines[-1]
 
     def boot(self, config: VmConfig) -> FakeMachine:
+        return self._make(config, "created")
+
+    def reboot(self, machine: FakeMachine, config: VmConfig) -> FakeMachine:
+        machine.close()
         return self._make(config, "created")
 
     def restore(self, directory: str, request: RestoreConfig) -> tuple[VmConfig, FakeMachine]:  # noqa: ARG002
