@@ -27,6 +27,12 @@ pub fn with_fd<R>(fd: i32, what: &str, f: impl FnOnce(BorrowedFd<'_>) -> std::io
     result.map_err(|e| errors::io_failed(what, &e))
 }
 
+/// A saved state as plain Python values; an error names the field.
+pub fn read_state<T: serde::de::DeserializeOwned>(id: &str, state: &Bound<'_, PyAny>) -> PyResult<T> {
+    let mut source = pythonize::Depythonizer::from_object(state);
+    serde_path_to_error::deserialize(&mut source).map_err(|e| bad_state(id, format!("{}: {}", e.path(), e.inner())))
+}
+
 pub fn bad_state(id: &str, why: impl std::fmt::Display) -> PyErr {
     errors::raise("Incompatible", &format!("saved state of {id}: {why}"), &[])
 }
@@ -138,7 +144,7 @@ impl Serial {
         state: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyClassInitializer<Self>> {
         let id = "__serial";
-        let state: Option<SerialState> = state.map(pythonize::depythonize).transpose().map_err(|e| bad_state(id, e))?;
+        let state: Option<SerialState> = state.map(|s| read_state(id, s)).transpose()?;
         let (output, control) = (output.output.clone(), control.control.clone());
         let serial =
             ::virtio::serial::Serial::from_state(state.unwrap_or_default(), output, Box::new(irq.line.source()), control)

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use vcpu::Device;
 
 use crate::bus::CoreDevice;
-use crate::console::{ConsoleOutput, bad_state, receive, with_fd};
+use crate::console::{ConsoleOutput, bad_state, read_state, receive, with_fd};
 use crate::control::Control;
 use crate::errors;
 use crate::irq::{IrqLine, MsiRelay};
@@ -146,7 +146,7 @@ struct Parts<'a> {
 impl Parts<'_> {
     /// `state` as saved; none for a cold function.
     fn saved<S: DeserializeOwned>(&self, state: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Saved<S>>> {
-        state.map(pythonize::depythonize).transpose().map_err(|e| bad_state(self.id, e))
+        state.map(|s| read_state(self.id, s)).transpose()
     }
 
     fn transport<D: VirtioDevice>(&self, device: D, virtio: Option<VirtioState>) -> PyResult<Arc<Transport<D>>> {

@@ -90,7 +90,7 @@ def _check_kind(path: str, fd: int, *, raw: bool) -> None:
         if head.startswith(magic) or head[16:].startswith(magic):
             raise NotSupported(
                 f"the disk {path} is {name} image: only raw ones can be used",
-                hint=f"convert it (qemu-img convert -O raw {path} {path}.raw), or say image_type=raw if it is raw after all",
+                hint=f"convert it (qemu-img convert -O raw {path} {path}.raw), or say image_type=raw if it is raw",
             )
 
 
