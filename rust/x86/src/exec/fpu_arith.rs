@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction};
 
-use super::fpu::{BEFORE, C0, C1, C2, C3, INDEFINITE, blocked, empty, fm, fr, get, pop, set, stack_fault, status};
+use super::fpu::{BEFORE, C0, C1, C2, C3, INDEFINITE, blocked, empty, error, fm, fr, get, pop, set, stack_fault, status};
 use super::host::x87 as host;
 use super::sse_float::set_flags;
 use crate::core::Core;
@@ -92,19 +92,15 @@ fn compare_flags(c: &mut Core, i: &Insn, op: CompareFlags, pops: bool) {
     let f = &mut c.cpu.fpu;
     let s = st(i, 1);
     let r = if empty(f, 0) || empty(f, s) {
-        if !stack_fault(f, false) {
-            return;
-        }
+        stack_fault(f, false);
         (true, true, true)
     } else {
         let (r, sw) = op(f.fcw, &get(f, 0), &get(f, s));
         status(f, sw, 0);
-        if blocked(f, sw, BEFORE) {
-            return;
-        }
         r
     };
-    if pops {
+    // The flags are written (AMD) even where an unmasked exception keeps the register from being popped.
+    if pops && !error(f) {
         pop(f);
     }
     set_flags(c, r);

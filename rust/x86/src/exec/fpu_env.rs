@@ -75,9 +75,23 @@ fn load_environment(c: &mut Core, b: &[u8]) {
     f.fop = op as u16 & 0x7ff;
 }
 
+/// The order in which AMD looks at an operand: its first word or doubleword, then its last byte.
+fn probe(c: &mut Core, a: u64, len: usize, wide: bool, write: bool) -> Result<(), Fault> {
+    let first = if wide { 4 } else { 2 };
+    let last = c.linear(a, len as u64 - 1);
+    if write {
+        c.probe_write(a, first)?;
+        c.probe_write(last, 1)
+    } else {
+        c.probe_read(a, first)?;
+        c.probe_read(last, 1)
+    }
+}
+
 fn fnstenv(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     available(c)?;
     let (a, b) = (c.ea(i), environment(c, wide));
+    probe(c, a, b.len(), wide, true)?;
     c.store_bytes(a, &b)?;
     let f = &mut c.cpu.fpu;
     f.fcw |= EXCEPTIONS;
@@ -89,6 +103,7 @@ fn fldenv(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     gate(c)?;
     let mut b = [0; 28];
     let b = &mut b[..if wide { 28 } else { 14 }];
+    probe(c, c.ea(i), b.len(), wide, false)?;
     c.load_bytes(c.ea(i), b)?;
     load_environment(c, b);
     Ok(Flow::Next)
@@ -103,6 +118,7 @@ fn fnsave(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
         b.extend_from_slice(&v.mantissa.to_le_bytes());
         b.extend_from_slice(&v.sign_exp.to_le_bytes());
     }
+    probe(c, a, b.len(), wide, true)?;
     c.store_bytes(a, &b)?;
     init(&mut c.cpu.fpu);
     Ok(Flow::Next)
@@ -113,6 +129,7 @@ fn frstor(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     let mut b = [0; 108];
     let env = if wide { 28 } else { 14 };
     let b = &mut b[..env + 80];
+    probe(c, c.ea(i), b.len(), wide, false)?;
     c.load_bytes(c.ea(i), b)?;
     load_environment(c, &b[..env]);
     let f = &mut c.cpu.fpu;

@@ -49,12 +49,17 @@ fn store<M: Copy>(
     indefinite: M,
     op: fn(u16, &F80) -> (M, u16),
     pops: bool,
+    at: u64,
     to_memory: impl FnOnce(&mut Core, M) -> Result<(), Fault>,
 ) -> Result<(), Fault> {
+    // What is not stored because of an unmasked exception must be writable all the same.
+    let size = size_of::<M>() as u64;
     let f = &c.cpu.fpu;
     if empty(f, 0) {
         if f.fcw & fpu::IE != 0 {
             to_memory(c, indefinite)?;
+        } else {
+            c.probe_write(at, size)?;
         }
         let f = &mut c.cpu.fpu;
         if stack_fault(f, false) && pops {
@@ -64,7 +69,9 @@ fn store<M: Copy>(
     }
     let (m, sw) = op(f.fcw, &get(f, 0));
     let stop = blocked(f, sw, NO_STORE);
-    if !stop {
+    if stop {
+        c.probe_write(at, size)?;
+    } else {
         to_memory(c, m)?;
     }
     let f = &mut c.cpu.fpu;
@@ -104,9 +111,7 @@ fn copy(f: &mut Fpu, to: usize, pops: bool) {
 
 /// FLD ST(i).
 fn duplicate(f: &mut Fpu, from: usize) {
-    if !empty(f, 7) {
-        push(f, INDEFINITE);
-    } else if empty(f, from) {
+    if empty(f, from) {
         if stack_fault(f, false) {
             rotate(f, 7);
             set(f, 0, INDEFINITE);
@@ -153,7 +158,7 @@ macro_rules! loads_int {
 
 macro_rules! stores {
     ($store:ident, $indefinite:expr, $op:ident, $pops:literal) => {
-        fm!(|c, _i, a| store(c, $indefinite, host::$op, $pops, |c, m| c.$store(a, m))?)
+        fm!(|c, _i, a| store(c, $indefinite, host::$op, $pops, a, |c, m| c.$store(a, m))?)
     };
 }
 
@@ -196,8 +201,8 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Fstp_m32fp => stores!(store32, NAN32, fst_m32, true),
         Fst_m64fp => stores!(store64, NAN64, fst_m64, false),
         Fstp_m64fp => stores!(store64, NAN64, fst_m64, true),
-        Fstp_m80fp => fm!(|c, _i, a| store(c, bytes10(&INDEFINITE), raw, true, |c, m| c.store_bytes(a, &m))?),
-        Fbstp_m80bcd => fm!(|c, _i, a| store(c, BCD, host::fbstp, true, |c, m| c.store_bytes(a, &m))?),
+        Fstp_m80fp => fm!(|c, _i, a| store(c, bytes10(&INDEFINITE), raw, true, a, |c, m| c.store_bytes(a, &m))?),
+        Fbstp_m80bcd => fm!(|c, _i, a| store(c, BCD, host::fbstp, true, a, |c, m| c.store_bytes(a, &m))?),
         Fist_m16int => stores!(store16, INT16, fist_m16, false),
         Fistp_m16int => stores!(store16, INT16, fist_m16, true),
         Fist_m32int => stores!(store32, INT32, fist_m32, false),
@@ -208,7 +213,17 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Fisttp_m64int => stores!(store64, INT64, fisttp_m64, true),
 
         Fst_sti => fr!(|c, i| copy(&mut c.cpu.fpu, st(i, 0), false)),
-        Fstp_sti | Fstpnce_sti | Fstp_sti_DFD0 | Fstp_sti_DFD8 => fr!(|c, i| copy(&mut c.cpu.fpu, st(i, 0), true)),
+        Fstp_sti | Fstp_sti_DFD0 | Fstp_sti_DFD8 => fr!(|c, i| copy(&mut c.cpu.fpu, st(i, 0), true)),
+        // As FSTP, but an empty ST0 is popped without a word.
+        Fstpnce_sti => fr!(|c, i| {
+            let f = &mut c.cpu.fpu;
+            if empty(f, 0) {
+                f.fsw &= !C1;
+                pop(f);
+            } else {
+                copy(f, st(i, 0), true);
+            }
+        }),
         Fxch_st0_sti | Fxch_st0_sti_DDC8 | Fxch_st0_sti_DFC8 => fr!(|c, i| exchange(&mut c.cpu.fpu, st(i, 1))),
         Ffree_sti => fr!(|c, i| {
             let f = &mut c.cpu.fpu;

@@ -28,7 +28,6 @@ fn unary(f: &mut Fpu, op: fn(u16, &F80) -> (F80, u16), codes: u16) {
 /// ST0 = op(ST0, ST1).
 fn binary(f: &mut Fpu, op: fn(u16, &F80, &F80) -> (F80, u16), codes: u16) {
     if empty(f, 0) || empty(f, 1) {
-        f.fsw &= !(codes & C2);
         if stack_fault(f, false) {
             set(f, 0, INDEFINITE);
         }
@@ -37,6 +36,28 @@ fn binary(f: &mut Fpu, op: fn(u16, &F80, &F80) -> (F80, u16), codes: u16) {
     let (r, sw) = op(f.fcw, &get(f, 0), &get(f, 1));
     status(f, sw, codes);
     if !blocked(f, sw, BEFORE) {
+        set(f, 0, r);
+    }
+}
+
+/// FPREM, FPREM1. Without a quotient (NaN, invalid or not done) C0 and C3 keep what they had.
+fn remainder(f: &mut Fpu, op: fn(u16, &F80, &F80) -> (F80, u16)) {
+    if empty(f, 0) || empty(f, 1) {
+        f.fsw &= !C2;
+        if stack_fault(f, false) {
+            set(f, 0, INDEFINITE);
+        }
+        return;
+    }
+    let (r, sw) = op(f.fcw, &get(f, 0), &get(f, 1));
+    let stopped = blocked(f, sw, BEFORE);
+    let nan = r.sign_exp & 0x7fff == 0x7fff && r.mantissa << 1 != 0;
+    if stopped || nan {
+        status(f, sw & !(C1 | C2), C1 | C2);
+    } else {
+        status(f, sw, CONDITIONS);
+    }
+    if !stopped {
         set(f, 0, r);
     }
 }
@@ -60,10 +81,10 @@ fn popping(f: &mut Fpu, op: fn(u16, &F80, &F80) -> (F80, u16)) {
 
 /// ST0 becomes two values, one pushed.
 fn pair(f: &mut Fpu, op: fn(u16, &F80) -> (F80, F80, u16), codes: u16) {
-    let overflow = !empty(f, 7);
-    if empty(f, 0) || overflow {
+    let underflow = empty(f, 0);
+    if underflow || !empty(f, 7) {
         f.fsw &= !(codes & C2);
-        if stack_fault(f, overflow) {
+        if stack_fault(f, !underflow) {
             set(f, 0, INDEFINITE);
             rotate(f, 7);
             set(f, 0, INDEFINITE);
@@ -125,8 +146,8 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Fsin => fr!(|c, _i| unary(&mut c.cpu.fpu, host::fsin, C1 | C2)),
         Fcos => fr!(|c, _i| unary(&mut c.cpu.fpu, host::fcos, C1 | C2)),
         Fscale => fr!(|c, _i| binary(&mut c.cpu.fpu, host::fscale, C1)),
-        Fprem => fr!(|c, _i| binary(&mut c.cpu.fpu, host::fprem, CONDITIONS)),
-        Fprem1 => fr!(|c, _i| binary(&mut c.cpu.fpu, host::fprem1, CONDITIONS)),
+        Fprem => fr!(|c, _i| remainder(&mut c.cpu.fpu, host::fprem)),
+        Fprem1 => fr!(|c, _i| remainder(&mut c.cpu.fpu, host::fprem1)),
         Fyl2x => fr!(|c, _i| popping(&mut c.cpu.fpu, host::fyl2x)),
         Fyl2xp1 => fr!(|c, _i| popping(&mut c.cpu.fpu, host::fyl2xp1)),
         Fpatan => fr!(|c, _i| popping(&mut c.cpu.fpu, host::fpatan)),

@@ -131,21 +131,6 @@ macro_rules! table {
     };
 }
 
-/// MASKMOVQ, after the same pattern as MASKMOVDQU.
-fn maskmovq(c: &mut Core, i: &Insn) -> Result<(), Fault> {
-    let (v, m) = (get(c, i, 1), get(c, i, 2));
-    let a = sse::rdi(c, i);
-    let bytes = || (0..8).filter(|n| m >> (8 * n + 7) & 1 != 0);
-    for n in bytes() {
-        c.probe_write(c.linear(a, n), 1)?;
-    }
-    for n in bytes() {
-        c.store8(c.linear(a, n), (v >> (8 * n)) as u8)?;
-    }
-    touch(c);
-    Ok(())
-}
-
 pub fn select(i: &Instruction) -> Option<Handler> {
     use Code::*;
     let mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -241,7 +226,12 @@ pub fn select(i: &Instruction) -> Option<Handler> {
                 c.cpu.gpr[sse::x(i, 0)] = get(c, i, 1);
                 touch(c);
             }),
-            Maskmovq_rDI_mm_mm => m!(|c, i| maskmovq(c, i)?),
+            Maskmovq_rDI_mm_mm => m!(|c, i| {
+                // On this one and on conversions the x87 state changes also when they fault, as on AMD.
+                touch(c);
+                let (v, m) = (get(c, i, 1), get(c, i, 2));
+                sse::store_masked(c, i, v.into(), host::pmovmskb(m.into()), 8)?;
+            }),
             Emms => m!(|c, _i| {
                 touch(c);
                 c.cpu.fpu.ftw = 0;

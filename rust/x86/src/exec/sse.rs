@@ -66,6 +66,16 @@ pub fn rdi(c: &Core, i: &Insn) -> u64 {
     c.linear(c.cpu.seg_base[(i.seg & 7) as usize], offset)
 }
 
+/// MASKMOVQ and MASKMOVDQU: the bytes of `v` that `mask` selects. As on AMD all must be writable, selected or not.
+pub fn store_masked(c: &mut Core, i: &Insn, v: u128, mask: u32, len: u64) -> Result<(), Fault> {
+    let a = rdi(c, i);
+    c.probe_write(a, len)?;
+    for n in (0..len).filter(|n| mask >> n & 1 != 0) {
+        c.store8(c.linear(a, n), (v >> (8 * n)) as u8)?;
+    }
+    Ok(())
+}
+
 /// 16 bytes, aligned.
 #[inline(always)]
 pub fn ld128(c: &mut Core, i: &Insn) -> Result<u128, Fault> {

@@ -49,6 +49,7 @@ macro_rules! to_mm {
             h!(|c, i| {
                 mmx::pending(c)?;
                 let b = $ld(c, i)? as u128;
+                mmx::touch(c);
                 let r = float(c, |m| $op(0, b, m), never)?;
                 mmx::set(c, i, r as u64);
             })
@@ -56,6 +57,7 @@ macro_rules! to_mm {
             h!(|c, i| {
                 mmx::pending(c)?;
                 let b = c.cpu.xmm[x(i, 1)] & $mask;
+                mmx::touch(c);
                 let r = float(c, |m| $op(0, b, m), never)?;
                 mmx::set(c, i, r as u64);
             })
@@ -96,8 +98,8 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Cvttps2pi_mm_xmmm64 => to_mm!(mem, ld64, LOW64, host::cvttps2dq),
         Cvtpd2pi_mm_xmmm128 => to_mm!(mem, ld128, u128::MAX, host::cvtpd2dq),
         Cvttpd2pi_mm_xmmm128 => to_mm!(mem, ld128, u128::MAX, host::cvttpd2dq),
+        // From memory these two leave the x87 state alone, also a pending exception.
         Cvtpi2ps_xmm_mmm64 if mem => h!(|c, i| {
-            mmx::pending(c)?;
             let b = ld64(c, i)? as u128;
             let r = float(c, |m| host::cvtdq2ps(0, b, m), never)?;
             let d = &mut c.cpu.xmm[x(i, 0)];
@@ -106,12 +108,11 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Cvtpi2ps_xmm_mmm64 => h!(|c, i| {
             mmx::pending(c)?;
             let b = mmx::get(c, i, 1) as u128;
-            let r = float(c, |m| host::cvtdq2ps(0, b, m), never)?;
             mmx::touch(c);
+            let r = float(c, |m| host::cvtdq2ps(0, b, m), never)?;
             let d = &mut c.cpu.xmm[x(i, 0)];
             *d = *d & !LOW64 | r & LOW64;
         }),
-        // From memory this one leaves the x87 state alone.
         Cvtpi2pd_xmm_mmm64 if mem => h!(|c, i| {
             let b = ld64(c, i)? as u128;
             c.cpu.xmm[x(i, 0)] = float(c, |m| host::cvtdq2pd(0, b, m), never)?;

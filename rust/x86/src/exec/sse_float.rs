@@ -130,7 +130,17 @@ fn dot(c: &mut Core, i: &Insn, b: u128, single: bool) -> Result<(), Fault> {
         (0..lanes).filter(|n| bits >> n & 1 != 0).fold(0u128, |m, n| m | ((1u128 << width) - 1) << (n * width))
     };
     let (a, b) = (a & keep(i.imm >> 4), b & keep(i.imm >> 4));
-    let r = if single { float(c, |m| host::dpps(a, b, m), tiny_ps)? } else { float(c, |m| host::dppd(a, b, m), tiny_pd)? };
+    let r = if c.cpu.mxcsr & 0x1f80 == 0x1f80 {
+        if single { float(c, |m| host::dpps(a, b, m), never)? } else { float(c, |m| host::dppd(a, b, m), never)? }
+    } else if single {
+        // With exceptions that count: multiply, then add pairs, each with its own.
+        let products = float(c, |m| host::mulps(a, b, m), tiny_ps)?;
+        let pairs = float(c, |m| host::haddps(products, products, m), tiny_ps)?;
+        float(c, |m| host::haddps(pairs, pairs, m), tiny_ps)?
+    } else {
+        let products = float(c, |m| host::mulpd(a, b, m), tiny_pd)?;
+        float(c, |m| host::haddpd(products, products, m), tiny_pd)?
+    };
     c.cpu.xmm[x(i, 0)] = r & keep(i.imm);
     Ok(())
 }

@@ -36,25 +36,6 @@ fn splat2_32(v: u128, odd: u32) -> u128 {
     one(0) | one(0) << 32 | one(1) << 64 | one(1) << 96
 }
 
-/// MASKMOVDQU: byte by byte, but only once all bytes are known to be writable.
-fn maskmovdqu(c: &mut Core, i: &Insn) -> Result<(), Fault> {
-    let (v, m) = (c.cpu.xmm[x(i, 1)], c.cpu.xmm[x(i, 2)]);
-    let a = sse::rdi(c, i);
-    let mask = host::pmovmskb(m);
-    if mask == 0xffff {
-        return c.store128(a, v);
-    }
-    for n in (0..16).filter(|n| mask >> n & 1 != 0) {
-        let at = c.linear(a, n);
-        c.probe_write(at, 1)?;
-    }
-    for n in (0..16).filter(|n| mask >> n & 1 != 0) {
-        let at = c.linear(a, n);
-        c.store8(at, (v >> (8 * n)) as u8)?;
-    }
-    Ok(())
-}
-
 pub fn select(i: &Instruction) -> Option<Handler> {
     use Code::*;
     let mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -134,7 +115,10 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Pmovmskb_r32_xmm | Pmovmskb_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::pmovmskb(c.cpu.xmm[x(i, 1)]) as u64),
         Movmskps_r32_xmm | Movmskps_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::movmskps(c.cpu.xmm[x(i, 1)]) as u64),
         Movmskpd_r32_xmm | Movmskpd_r64_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = host::movmskpd(c.cpu.xmm[x(i, 1)]) as u64),
-        Maskmovdqu_rDI_xmm_xmm => h!(|c, i| maskmovdqu(c, i)?),
+        Maskmovdqu_rDI_xmm_xmm => h!(|c, i| {
+            let (v, m) = (c.cpu.xmm[x(i, 1)], host::pmovmskb(c.cpu.xmm[x(i, 2)]));
+            sse::store_masked(c, i, v, m, 16)?;
+        }),
         // Not an SSE-state instruction: no checks.
         Movnti_m32_r32 => {
             fn f(c: &mut Core, i: &Insn) -> Result<crate::insn::Flow, Fault> {

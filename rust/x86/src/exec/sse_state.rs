@@ -21,9 +21,19 @@ fn fx_gate(c: &mut Core) -> Result<(), Fault> {
     Ok(())
 }
 
-fn fx_address(c: &mut Core, i: &Insn) -> Result<u64, Fault> {
+/// The image's address. AMD looks at its last byte first.
+fn fx_address(c: &mut Core, i: &Insn, write: bool) -> Result<u64, Fault> {
     let a = c.ea(i);
-    if a & 15 != 0 { Err(c.raise(GP, Some(0))) } else { Ok(a) }
+    if a & 15 != 0 {
+        return Err(c.raise(GP, Some(0)));
+    }
+    let last = c.linear(a, 511);
+    if write {
+        c.probe_write(last, 1)?
+    } else {
+        c.probe_read(last, 1)?
+    }
+    Ok(a)
 }
 
 /// XMM registers in the image: none without CR4.OSFXSR, 8 outside 64-bit code. EFER.FFXSR is not in the profile.
@@ -66,7 +76,7 @@ fn image(c: &Core, wide: bool) -> [u8; IMAGE] {
 
 fn fxsave(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     fx_gate(c)?;
-    let a = fx_address(c, i)?;
+    let a = fx_address(c, i, true)?;
     let b = image(c, wide);
     // Without XMM registers in the image their part of memory keeps what it had.
     let used = 160 + 16 * xmm_count(c);
@@ -76,7 +86,7 @@ fn fxsave(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
 
 fn fxrstor(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     fx_gate(c)?;
-    let a = fx_address(c, i)?;
+    let a = fx_address(c, i, false)?;
     let count = xmm_count(c);
     let mut b = [0; IMAGE];
     c.load_bytes(a, &mut b[..160 + 16 * count])?;
