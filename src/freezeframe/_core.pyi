@@ -69,6 +69,9 @@ class Control:
     def request_stop(self, reason: Literal["paused", "poweroff", "reset"]) -> None: ...
     def fail(self, message: str) -> None: ...
 
+# host.rs
+def host_tsc_khz() -> int: ...
+
 # irq.rs
 @final
 class Ioapic(CoreDevice):

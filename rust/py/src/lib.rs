@@ -7,6 +7,7 @@ mod clock;
 mod console;
 mod control;
 mod errors;
+mod host;
 mod http;
 mod irq;
 mod json;
@@ -26,6 +27,8 @@ mod _core {
     use super::console::{ConsoleInput, ConsoleOutput, Serial};
     #[pymodule_export]
     use super::control::Control;
+    #[pymodule_export]
+    use super::host::host_tsc_khz;
     #[pymodule_export]
     use super::http::{http_request, http_response};
     #[pymodule_export]

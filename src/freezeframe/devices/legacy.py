@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from _thread import allocate_lock
+
 from freezeframe.devices import saved
 
 TYPE_CHECKING = False
@@ -130,6 +132,8 @@ class EventDevice:
         """`pulse`: raises and lowers the interrupt line (edge)."""
         self._pending = saved.fields(self.ID, state, {"pending": 0xFF})["pending"]
         self._pulse = pulse
+        # The button is pressed by another thread than the guest's.
+        self._lock = allocate_lock()
 
     @staticmethod
     def cold() -> dict[str, Any]:
@@ -140,12 +144,14 @@ class EventDevice:
 
     def read(self, offset: int, size: int) -> int:
         del offset, size
-        pending, self._pending = self._pending, 0
+        with self._lock:
+            pending, self._pending = self._pending, 0
         return pending
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Read-only."""
 
     def power_button(self) -> None:
-        self._pending |= self.POWER_BUTTON
+        with self._lock:
+            self._pending |= self.POWER_BUTTON
         self._pulse()

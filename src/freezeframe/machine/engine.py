@@ -1,0 +1,49 @@
+"""Which CPU engine runs a machine, and why."""
+
+from __future__ import annotations
+
+import os
+
+from freezeframe.errors import NotSupported, Refused
+
+ENGINES = ("auto", "kvm", "software")
+VARIABLE = "FREEZEFRAME_ENGINE"
+KVM_DEVICE = "/dev/kvm"
+
+
+class EngineReport:
+    """The engine in use (`software` or `kvm`) and the reason, a sentence for people."""
+
+    __slots__ = ("name", "reason")
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+
+    def to_json(self) -> dict[str, str]:
+        return {"name": self.name, "reason": self.reason}
+
+
+def choose(asked: str | None) -> EngineReport:
+    """`asked`: the option's value; None or "auto" leaves it to the environment variable, and then to us."""
+    source = "the engine option"
+    if asked in (None, "auto") and os.environ.get(VARIABLE):
+        asked, source = os.environ[VARIABLE], f"the variable {VARIABLE}"
+    if asked in (None, "auto"):
+        return EngineReport("software", _why_not_kvm())
+    if asked == "software":
+        return EngineReport("software", f"asked for by {source}")
+    if asked == "kvm":
+        raise NotSupported(
+            "the kvm engine is not part of this version",
+            hint="leave the engine at auto or ask for software",
+        )
+    raise Refused(f"no engine {asked!r} ({source}): auto, kvm or software")
+
+
+def _why_not_kvm() -> str:
+    if not os.path.exists(KVM_DEVICE):
+        return f"there is no {KVM_DEVICE}"
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return f"{KVM_DEVICE} cannot be opened by this user, and the kvm engine is not part of this version"
+    return f"{KVM_DEVICE} exists, but the kvm engine is not part of this version"

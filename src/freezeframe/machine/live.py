@@ -1,0 +1,171 @@
+"""A built machine: resume, pause, save, close."""
+
+from __future__ import annotations
+
+import threading
+
+from freezeframe.errors import EngineError, InvalidState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Literal
+
+    from freezeframe import _core
+    from freezeframe.config import VmConfig
+    from freezeframe.machine.backends import Backends
+    from freezeframe.machine.engine import EngineReport
+    from freezeframe.machine.parts import Parts
+
+    State = Literal["created", "running", "paused", "shutdown"]
+
+
+class StopReason:
+    """Why a machine stopped by itself: `poweroff`, `reset`, or `failed` with a stable `code` and a message."""
+
+    __slots__ = ("code", "kind", "message")
+
+    def __init__(self, kind: str, code: str | None = None, message: str | None = None) -> None:
+        self.kind = kind
+        self.code = code
+        self.message = message
+
+    def __repr__(self) -> str:
+        return f"<StopReason {self.kind}{f': {self.message}' if self.message else ''}>"
+
+
+def _ignore(reason: StopReason) -> None:
+    """For machines that nobody watches."""
+
+
+class Machine:
+    """One virtual machine.
+
+    Guarantees: between `pause` and `resume` no vCPU executes, no device moves a byte, and everything that the guest was
+    told is written is on its disks; `save` then gives the whole machine but its RAM and changes nothing; a machine that
+    stopped by itself has told `on_stop` exactly once, from the vCPU thread. All methods may be called from any thread.
+    """
+
+    def __init__(self, parts: Parts, *, state: State) -> None:
+        self.config: VmConfig = parts.config
+        self.engine: EngineReport = parts.report
+        self.memory: _core.Memory = parts.memory
+        self.on_stop: Callable[[StopReason], None] = _ignore
+        self.stopped: StopReason | None = None
+        self._parts = parts
+        self._state: State = state
+        self._lock = threading.Lock()
+        # Set while no vCPU executes and the thread has written down why.
+        self._stands = threading.Event()
+        self._stands.set()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def backends(self) -> Backends:
+        """Open disks and console ends. After `release` they can be given to the machine that takes this one's place."""
+        return self._parts.backends
+
+    def resume(self) -> None:
+        """Starts or goes on; raises `InvalidState` when running or shut down."""
+        with self._lock:
+            if self._state not in ("created", "paused"):
+                raise InvalidState(f"the machine is {self._state}: it cannot run")
+            for device in self._parts.virtual.values():
+                device.resume()
+            self._parts.clock.resume()
+            self._state = "running"
+            self._stands.clear()
+            threading.Thread(target=self._run, name="vcpus", daemon=True).start()
+            self._parts.backends.resume()
+
+    def _run(self) -> None:
+        kind, code, message = self._parts.engine.run()
+        self._parts.clock.pause()
+        if kind != "paused":
+            self.stopped = StopReason(kind, code, message)
+            self._state = "shutdown"
+            self._parts.backends.pause()
+        self._stands.set()
+        if self.stopped is not None:
+            self.on_stop(self.stopped)
+
+    def pause(self) -> None:
+        """Returns when all vCPUs stand, block I/O is drained and writable disks are synced.
+
+        Raises `InvalidState` when the machine is not running or stopped by itself meanwhile, `IoFailed` when a disk
+        cannot be synced (the machine is paused all the same).
+        """
+        with self._lock:
+            if self._state != "running":
+                raise InvalidState(f"the machine is {self._state}: it cannot be paused")
+            self._parts.control.request_stop("paused")
+            self._parts.backends.pause()
+            self._stands.wait()
+            if self.stopped is not None:
+                raise InvalidState(f"the machine stopped by itself ({self.stopped.kind}) before it could be paused")
+            self._state = "paused"
+            # Device work runs on the vCPU thread, between instructions: when that stands, no request is in flight.
+            self._parts.backends.sync()
+
+    def save(self) -> dict[str, Any]:
+        """The machine without its RAM, as plain values by component; raises `InvalidState` unless it stands still."""
+        with self._lock:
+            if self._state not in ("created", "paused"):
+                raise InvalidState(f"the machine is {self._state}: only a paused one can be saved")
+            parts = self._parts
+            return {
+                "clock": parts.clock.state(),
+                "vcpus": [parts.engine.state(n) for n in range(parts.config.cpus.boot_vcpus)],
+                "devices": {name: device.state() for name, device in parts.devices.items()},
+                "disks": parts.backends.identities(),
+            }
+
+    def power_button(self) -> None:
+        """Presses the ACPI power button; raises `InvalidState` unless the machine runs."""
+        with self._lock:
+            if self._state != "running":
+                raise InvalidState(f"the machine is {self._state}: nobody is there to see its power button")
+            self._parts.press_power_button()
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each device has done since the machine was built, by device id."""
+        return {name: device.counters() for name, device in self._parts.virtual.items() if device.counters()}
+
+    def device_tree(self) -> dict[str, Any]:
+        """The devices as `vm.info` shows them: ids, PCI addresses and BARs."""
+        return self._parts.device_tree()
+
+    def release(self) -> Backends:
+        """Ends the machine but keeps its back ends open, for a machine that takes its place (a guest's reset)."""
+        with self._lock:
+            self._end()
+            return self._parts.backends
+
+    def close(self) -> None:
+        """Ends the machine and lets go of disks and consoles. May be called at any time, and again."""
+        with self._lock:
+            self._end()
+            self._parts.backends.close()
+
+    def _end(self) -> None:
+        if self._state == "running":
+            self._parts.control.request_stop("paused")
+            self._stands.wait()
+        self._state = "shutdown"
+        self._parts.backends.pause()
+
+    def failure(self) -> EngineError | None:
+        """Why the engine could not go on, if that is why the machine stopped."""
+        if self.stopped is None or self.stopped.kind != "failed":
+            return None
+        error = EngineError(self.stopped.message or "the engine failed", detail={"code": self.stopped.code})
+        return error
+
+    def __enter__(self) -> Machine:  # noqa: PYI034 - typing.Self costs an import
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
