@@ -161,8 +161,7 @@ class Machine:
         """Why the engine could not go on, if that is why the machine stopped."""
         if self.stopped is None or self.stopped.kind != "failed":
             return None
-        error = EngineError(self.stopped.message or "the engine failed", detail={"code": self.stopped.code})
-        return error
+        return EngineError(self.stopped.message or "the engine failed", detail={"code": self.stopped.code})
 
     def __enter__(self) -> Machine:  # noqa: PYI034 - typing.Self costs an import
         return self

@@ -148,14 +148,14 @@ def test_every_truncation_is_refused_or_loads(boot, cut):
 
 def test_files(tmp_path, boot):
     ram = _core.Memory(MAP.regions)
-    with pytest.raises(NotFound, match="kernel .*none does not exist"):
+    with pytest.raises(NotFound, match=r"kernel .*none does not exist"):
         loader.load(ram, tmp_path / "none", None, "", PLATFORM)
     with pytest.raises(Refused, match="is a directory"):
         loader.load(ram, tmp_path, None, "", PLATFORM)
     (tmp_path / "k").write_bytes(bzimage())
-    with pytest.raises(NotFound, match="initramfs .*none does not exist"):
+    with pytest.raises(NotFound, match=r"initramfs .*none does not exist"):
         loader.load(ram, tmp_path / "k", tmp_path / "none", "", PLATFORM)
-    with pytest.raises(Refused, match="initramfs .* is empty"):
+    with pytest.raises(Refused, match=r"initramfs .* is empty"):
         boot(bzimage(), initramfs=b"")
     with pytest.raises(Refused, match="do not fit"):
         boot(bzimage(), initramfs=b"x" * (60 * MIB))

@@ -89,7 +89,7 @@ def test_debug_port_keeps_its_code():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda state: legacy.DebugPort(state),
+        legacy.DebugPort,
         lambda state: legacy.EventDevice(state, lambda: None),
         lambda state: legacy.I8042(state, lambda: None),
         lambda state: cmos.Cmos(state, None, lambda: None),

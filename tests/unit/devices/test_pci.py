@@ -81,7 +81,7 @@ def test_address_latch_takes_dwords_only_and_is_saved(rig):
 
 
 def test_bars_size_and_move_at_any_time(rig):
-    bus, _, rng, _ = rig
+    bus, _, _rng, _ = rig
     assert bus.read("mmio", HIGH, 4) == 0x42
     assert bus.read("mmio", LOW, 4) == 0x43
     # sizing with decoding on, as some kernels do
@@ -174,7 +174,7 @@ def test_all_ones_and_zeros_everywhere_change_only_what_is_writable(rig):
 
 
 def test_state_goes_round(rig):
-    bus, pci, *_ = rig
+    _bus, _pci, *_ = rig
     function = VirtioFunction("rng", RNG, Registers(1), None, wide=True, bar=HIGH)
     function.write(0x10, 4, 0xABC0_0000)
     function.write(4, 2, 0x0406)
