@@ -74,8 +74,12 @@ class VirtioFunction:
         *,
         wide: bool,
         bar: int,
+        irq: int = 0,
     ) -> None:
-        """`bar`: the address that the boot finds in BAR 0. `wide`: 64 bits. `state`: None for a cold function."""
+        """`bar` and `irq`: what a boot finds in BAR 0 and the interrupt line register. `wide`: 64 bits.
+
+        `state`: None for a cold function.
+        """
         identity = Identity(
             VENDOR,
             DEVICE_BASE + kind.type,
@@ -103,6 +107,7 @@ class VirtioFunction:
         config.add_field("msix_control", Field(msix + 2, 2, MSIX_ENABLE | MSIX_MASK_ALL))
         if state is None:
             config.set(self._bar.name, bar)
+            config.set("interrupt_line", irq)
             # As firmware leaves it: Linux turns decoding on itself, smaller guests rely on it being on.
             config.set("command", COMMAND_MEMORY)
         else:

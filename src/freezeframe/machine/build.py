@@ -1,0 +1,158 @@
+"""The two recipes. Nothing else differs between a machine that was booted and one that was restored."""
+
+from __future__ import annotations
+
+from freezeframe import _core
+from freezeframe.boot import layout
+from freezeframe.devices import saved
+from freezeframe.errors import Incompatible, Refused
+from freezeframe.machine import engine as engines
+from freezeframe.machine import tsc
+from freezeframe.machine.backends import Backends
+from freezeframe.machine.live import Machine
+from freezeframe.machine.parts import ROWS, Parts, States, component_ids
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from freezeframe.backends.console import ConsoleEnd
+    from freezeframe.config import VmConfig
+    from freezeframe.machine.engine import EngineReport
+
+VCPUS_MAX = 254
+
+
+def build_for_boot(
+    config: VmConfig,
+    *,
+    engine: str | None = None,
+    consoles: Mapping[str, ConsoleEnd] | None = None,
+    backends: Backends | None = None,
+) -> Machine:
+    """Allocate memory → create devices from their default state → load kernel, write ACPI → paused.
+
+    `consoles`: host ends to use in place of the configured ones, by device id (`__console`, `__serial`). `backends`: those
+    that `Machine.release` gave, when a guest's reset is to begin it anew; disks and consoles are not opened again then, and
+    stay open when this raises. Everything opened here is closed when it raises.
+    """
+    from freezeframe.boot import acpi, entry, loader
+
+    report = engines.choose(engine)
+    config = config.with_device_ids()
+    _check(config)
+    payload = config.payload
+    if payload is None or payload.kernel is None:
+        raise Refused("no kernel is given", hint="give one with --kernel")
+    map_ = layout.address_map(config.memory.size, config.cpus.max_phys_bits)
+    memory = _core.Memory(map_.regions)
+    platform = acpi.Platform(map_, tuple(range(config.cpus.boot_vcpus)), serial=config.serial.mode != "Off")
+    start = loader.load(memory, payload.kernel, payload.initramfs, payload.cmdline or "", platform)
+    host_khz = tsc.host_khz()
+    clock = _core.Clock(host_khz or tsc.FALLBACK_KHZ, host_khz)
+    opened = backends or Backends(config, restored=False, consoles=consoles)
+    try:
+        parts = _build(Parts(config, report, memory, clock, opened), States(None))
+        state = parts.engine.state(0)
+        entry.apply(state, start)
+        parts.engine.set_state(0, state)
+    except BaseException:
+        if backends is None:
+            opened.close()
+        raise
+    return Machine(parts, state="created")
+
+
+def build_from_snapshot(
+    config: VmConfig,
+    state: Mapping[str, Any],
+    memory: _core.Memory,
+    *,
+    engine: str | None = None,
+    clock: str = "Advance",
+    disks: Mapping[str, str] | None = None,
+    disk_check: bool = True,
+    consoles: Mapping[str, ConsoleEnd] | None = None,
+) -> Machine:
+    """Allocate memory → create devices from their saved state → map memory, set vCPUs → paused.
+
+    `state` is what `Machine.save` gave, untrusted; `memory` holds the RAM already. `clock`: `Advance` or `Freeze`. `disks`:
+    other files in place of the configuration's, by id. Raises `Incompatible` when state, configuration, disks or this host
+    do not fit together; then nothing is left open.
+    """
+    report = engines.choose(engine)
+    substitutes = dict(disks or {})
+    config = _substitute(config.with_device_ids(), substitutes)
+    _check(config)
+    parts_state = saved.keys("the machine", state, {"clock": 0, "vcpus": 0, "devices": 0, "disks": 0})
+    map_ = layout.address_map(config.memory.size, config.cpus.max_phys_bits)
+    if tuple(memory.regions) != map_.regions:
+        raise Incompatible(f"the snapshot's memory is {memory.regions}, its configuration asks for {list(map_.regions)}")
+    devices = saved.keys("the devices", parts_state["devices"], dict.fromkeys(component_ids(config), 0))
+    vcpus: Any = parts_state["vcpus"]
+    if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnknownArgumentType]
+        raise Incompatible(f"the snapshot does not have the states of {config.cpus.boot_vcpus} vCPUs")
+    clock_ = _restore_clock(parts_state["clock"], advance=clock == "Advance")
+    opened = Backends(config, restored=True, consoles=consoles)
+    try:
+        if disk_check:
+            opened.check_disks(parts_state["disks"], substitutes)
+        parts = _build(Parts(config, report, memory, clock_, opened), States(devices))
+        for number, vcpu in enumerate(vcpus):
+            parts.engine.set_state(number, vcpu)
+    except BaseException:
+        opened.close()
+        raise
+    return Machine(parts, state="paused")
+
+
+def _build(parts: Parts, states: States) -> Parts:
+    """What both recipes share: every device of the table from its state, then the engine that they talk to."""
+    for there, _, build in ROWS:
+        if there(parts.config):
+            build(parts, states)
+    parts.engine = _make_engine(parts, parts.report)
+    return parts
+
+
+def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
+    if report.name != "software":
+        raise Refused(f"no engine {report.name!r}")
+    return _core.Engine.software(
+        parts.memory,
+        parts.bus,
+        parts.clock,
+        parts.control,
+        parts.ioapic,
+        parts.msi,
+        vcpus=parts.config.cpus.boot_vcpus,
+        phys_bits=parts.config.cpus.max_phys_bits,
+    )
+
+
+def _check(config: VmConfig) -> None:
+    if not 1 <= config.cpus.boot_vcpus <= VCPUS_MAX:
+        raise Refused(f"{config.cpus.boot_vcpus} vCPUs: 1 to {VCPUS_MAX}")
+    ids = [disk.id for disk in config.disks or ()]
+    if len(set(ids)) != len(ids):
+        raise Refused("two disks have the same id")
+
+
+def _substitute(config: VmConfig, substitutes: Mapping[str, str]) -> VmConfig:
+    known = {disk.id for disk in config.disks or ()}
+    for name in substitutes:
+        if name not in known:
+            has = ", ".join(sorted(str(n) for n in known)) or "none"
+            raise Refused(f"the snapshot has no disk {name!r} (it has {has})")
+    disks = tuple(disk.replace(path=substitutes.get(disk.id or "", disk.path)) for disk in config.disks or ())
+    return config.replace(disks=disks) if disks else config
+
+
+def _restore_clock(state: Any, *, advance: bool) -> _core.Clock:
+    """The software engine scales to any rate; rates that are the same for all purposes use the host's counter as it is."""
+    host_khz = tsc.host_khz()
+    khz = state.get("tsc_khz") if isinstance(state, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if isinstance(khz, int) and tsc.same(khz, host_khz):
+        host_khz = khz
+    return _core.Clock.from_state(state, host_khz, advance)
