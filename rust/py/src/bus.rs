@@ -112,6 +112,11 @@ impl Bus {
         self.bus.remove(Space::Mmio, base)
     }
 
+    /// Frees every range. A device in Python usually refers to what owns the bus: without this neither would ever go away.
+    fn clear(&self) {
+        self.bus.clear();
+    }
+
     /// One access as a vCPU makes it (1, 2, 4 or 8 bytes); for tests and tools.
     fn read(&self, py: Python<'_>, space: &str, address: u64, size: usize) -> PyResult<u64> {
         let (space, size) = access(space, size)?;

@@ -67,6 +67,15 @@ impl Bus {
         ranges.len() != before
     }
 
+    /// Frees every range, and with them the bus's hold on the devices.
+    pub fn clear(&self) {
+        for space in [Space::Pio, Space::Mmio] {
+            // Dropped after the lock: a device's end may come back to the bus.
+            let ranges = std::mem::take(&mut *self.ranges(space).write().unwrap_or_else(|e| e.into_inner()));
+            drop(ranges);
+        }
+    }
+
     fn find(&self, space: Space, address: u64) -> Option<(Arc<dyn Device>, u64)> {
         let ranges = self.ranges(space).read().unwrap_or_else(|e| e.into_inner());
         let at = ranges.partition_point(|r| r.base <= address).checked_sub(1)?;

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from freezeframe.backends.console import ConsoleEnd
-from freezeframe.backends.disk import DiskFile
+import os
+
+from freezeframe.backends.console import open_consoles
+from freezeframe.backends.disk import open_disk
 from freezeframe.errors import IoFailed, Refused
-from freezeframe.machine import disk_check
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,52 +14,40 @@ if TYPE_CHECKING:
     from typing import Any
 
     from freezeframe import _core
-    from freezeframe.config import ConsoleConfig, SerialConfig, VmConfig
+    from freezeframe.backends.console import HostConsole
+    from freezeframe.backends.disk import DiskFile
+    from freezeframe.config import VmConfig
 
 SERIAL = "__serial"
 CONSOLE = "__console"
 
 
 class Backends:
-    """Open disks by device id and console ends by device id.
+    """Open disks and console ends by device id.
 
     Guarantees: a constructor that raises has closed all that it opened; `close` can be called again.
     """
 
-    def __init__(self, config: VmConfig, *, restored: bool, consoles: Mapping[str, ConsoleEnd] | None = None) -> None:
-        """`restored`: console files are continued, not begun anew. `consoles`: ends to use instead of the configured ones."""
+    def __init__(self, config: VmConfig, *, restored: bool, capture: int = 0) -> None:
+        """`restored`: console files are continued, not begun anew. `capture`: bytes of console output to keep for programs."""
         self.disks: dict[str, DiskFile] = {}
-        self.consoles: dict[str, ConsoleEnd] = dict(consoles or {})
+        self.consoles: dict[str, HostConsole] = {}
         self._blocks: dict[str, _core.VirtioBlk] = {}
         try:
             for disk in config.disks or ():
                 if disk.id is None or disk.path is None:
                     raise Refused("a disk without id or path")
-                self.disks[disk.id] = DiskFile(disk.id, disk.path, readonly=disk.readonly)
-            console_reads = config.console.mode == "Tty"
-            self._open_console(CONSOLE, config.console, restored=restored, take_input=True)
-            self._open_console(SERIAL, config.serial, restored=restored, take_input=not console_reads)
+                raw = disk.image_type == "Raw"
+                opened = open_disk(disk.path, readonly=disk.readonly, raw=raw, granularity=disk.lock_granularity)
+                self.disks[disk.id] = opened
+            serial, console = config.serial, config.console
+            ends = open_consoles(
+                (serial.mode, serial.file), (console.mode, console.file), restored=restored, capture=capture
+            )
+            self.consoles = {name: end for name, end in zip((SERIAL, CONSOLE), ends, strict=True) if end is not None}
         except BaseException:
             self.close()
             raise
-
-    def _open_console(
-        self, name: str, config: ConsoleConfig | SerialConfig, *, restored: bool, take_input: bool
-    ) -> None:
-        if name in self.consoles or config.mode == "Off":
-            return
-        if config.mode == "Null":
-            self.consoles[name] = ConsoleEnd.null()
-        elif config.mode == "Tty":
-            self.consoles[name] = ConsoleEnd.stdio(take_input=take_input)
-        elif config.mode == "File" and config.file is not None:
-            self.consoles[name] = ConsoleEnd.file(config.file, keep=restored)
-        else:
-            raise Refused(f"the console mode {config.mode} is not supported", hint="use tty, file=…, null or off")
-
-    def check_disks(self, saved: Mapping[str, Any], substitutes: Mapping[str, str]) -> None:
-        """Refuses disks that are not as the snapshot left them; `substitutes` (by id) only have to have the right size."""
-        disk_check.check(self.disks, saved, substitutes)
 
     def use_blocks(self, blocks: Mapping[str, _core.VirtioBlk]) -> None:
         """The devices that write to the disks from now on."""
@@ -75,11 +64,9 @@ class Backends:
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """What each disk is now. The next write to it will show in its times, however soon it comes."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, disk in self.disks.items():
-            found[name] = disk.identity()
-            if name in self._blocks and not disk.readonly:
-                self._blocks[name].arm_write_barrier()
+        found = {name: identity(disk.fd) for name, disk in self.disks.items()}
+        for block in self._blocks.values():
+            block.arm_write_barrier()
         return found
 
     def resume(self) -> None:
@@ -96,3 +83,14 @@ class Backends:
         for disk in self.disks.values():
             disk.close()
 
+
+def identity(fd: int) -> dict[str, Any]:
+    """What tells whether an image is still the same: size in bytes, times in nanoseconds, device and inode."""
+    status = os.fstat(fd)
+    return {
+        "size": os.lseek(fd, 0, os.SEEK_END),
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "dev": status.st_dev,
+        "ino": status.st_ino,
+    }

@@ -9,15 +9,15 @@ from freezeframe.errors import Incompatible, Refused
 from freezeframe.machine import engine as engines
 from freezeframe.machine import tsc
 from freezeframe.machine.backends import Backends
+from freezeframe.machine.disk_check import check as check_disks
 from freezeframe.machine.live import Machine
 from freezeframe.machine.parts import ROWS, Parts, States, component_ids
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
-    from freezeframe.backends.console import ConsoleEnd
     from freezeframe.config import VmConfig
     from freezeframe.machine.engine import EngineReport
 
@@ -28,14 +28,14 @@ def build_for_boot(
     config: VmConfig,
     *,
     engine: str | None = None,
-    consoles: Mapping[str, ConsoleEnd] | None = None,
+    capture: int = 0,
     backends: Backends | None = None,
 ) -> Machine:
     """Allocate memory → create devices from their default state → load kernel, write ACPI → paused.
 
-    `consoles`: host ends to use in place of the configured ones, by device id (`__console`, `__serial`). `backends`: those
-    that `Machine.release` gave, when a guest's reset is to begin it anew; disks and consoles are not opened again then, and
-    stay open when this raises. Everything opened here is closed when it raises.
+    `capture`: bytes of console output to keep for programs. `backends`: those that `Machine.release` gave, when a machine
+    is to begin anew; disks and consoles are not opened again then, and stay open when this raises. Everything opened here
+    is closed when it raises.
     """
     from freezeframe.boot import acpi, entry, loader
 
@@ -51,12 +51,16 @@ def build_for_boot(
     start = loader.load(memory, payload.kernel, payload.initramfs, payload.cmdline or "", platform)
     host_khz = tsc.host_khz()
     clock = _core.Clock(host_khz or tsc.FALLBACK_KHZ, host_khz)
-    opened = backends or Backends(config, restored=False, consoles=consoles)
+
+    def set_vcpu(engine: _core.Engine, number: int) -> None:
+        if number == 0:
+            state = engine.state(0)
+            entry.apply(state, start)
+            engine.set_state(0, state)
+
+    opened = backends or Backends(config, restored=False, capture=capture)
     try:
-        parts = _build(Parts(config, report, memory, clock, opened), States(None))
-        state = parts.engine.state(0)
-        entry.apply(state, start)
-        parts.engine.set_state(0, state)
+        parts = _build(Parts(config, report, memory, clock, opened), States(None), set_vcpu)
     except BaseException:
         if backends is None:
             opened.close()
@@ -73,7 +77,7 @@ def build_from_snapshot(
     clock: str = "Advance",
     disks: Mapping[str, str] | None = None,
     disk_check: bool = True,
-    consoles: Mapping[str, ConsoleEnd] | None = None,
+    capture: int = 0,
 ) -> Machine:
     """Allocate memory → create devices from their saved state → map memory, set vCPUs → paused.
 
@@ -88,31 +92,47 @@ def build_from_snapshot(
     parts_state = saved.keys("the machine", state, {"clock": 0, "vcpus": 0, "devices": 0, "disks": 0})
     map_ = layout.address_map(config.memory.size, config.cpus.max_phys_bits)
     if tuple(memory.regions) != map_.regions:
-        raise Incompatible(f"the snapshot's memory is {memory.regions}, its configuration asks for {list(map_.regions)}")
+        raise Incompatible(
+            f"the snapshot's memory is {memory.regions}, its configuration asks for {list(map_.regions)}"
+        )
     devices = saved.keys("the devices", parts_state["devices"], dict.fromkeys(component_ids(config), 0))
+    for name, device in devices.items():
+        if not isinstance(device, dict):
+            raise Incompatible(f"saved state of {name} is not a table of fields")
     vcpus: Any = parts_state["vcpus"]
     if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnknownArgumentType]
         raise Incompatible(f"the snapshot does not have the states of {config.cpus.boot_vcpus} vCPUs")
     clock_ = _restore_clock(parts_state["clock"], advance=clock == "Advance")
-    opened = Backends(config, restored=True, consoles=consoles)
+    opened = Backends(config, restored=True, capture=capture)
     try:
         if disk_check:
-            opened.check_disks(parts_state["disks"], substitutes)
-        parts = _build(Parts(config, report, memory, clock_, opened), States(devices))
-        for number, vcpu in enumerate(vcpus):
-            parts.engine.set_state(number, vcpu)
+            check_disks(opened.disks, parts_state["disks"], substitutes)
+        parts = _build(
+            Parts(config, report, memory, clock_, opened),
+            States(devices),
+            lambda engine, number: engine.set_state(number, vcpus[number]),
+        )
     except BaseException:
         opened.close()
         raise
     return Machine(parts, state="paused")
 
 
-def _build(parts: Parts, states: States) -> Parts:
-    """What both recipes share: every device of the table from its state, then the engine that they talk to."""
-    for there, _, build in ROWS:
-        if there(parts.config):
-            build(parts, states)
-    parts.engine = _make_engine(parts, parts.report)
+def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int], None]) -> Parts:
+    """What both recipes share: every device of the table from its state, then the engine that they talk to.
+
+    `set_vcpu`: gives each vCPU its state. When something raises, nothing of what was built is left.
+    """
+    try:
+        for there, _, build in ROWS:
+            if there(parts.config):
+                build(parts, states)
+        parts.engine = _make_engine(parts, parts.report)
+        for number in range(parts.config.cpus.boot_vcpus):
+            set_vcpu(parts.engine, number)
+    except BaseException:
+        parts.close()
+        raise
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from freezeframe.devices import saved
 from freezeframe.errors import Incompatible
+from freezeframe.machine.backends import identity as identity_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def check(disks: Mapping[str, DiskFile], states: object, substitutes: Mapping[st
     recorded = saved.keys("disks", states, dict.fromkeys(disks, 0))
     for name, disk in disks.items():
         identity = saved.fields(f"disk {name}", recorded[name], dict.fromkeys(FIELDS, NUMBER_MAX))
-        now = disk.identity()
+        now = identity_of(disk.fd)
         if now["size"] != identity["size"]:
             raise Incompatible(
                 f"disk {name}: {disk.path} has {now['size']} bytes, the snapshot's disk had {identity['size']}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from freezeframe.errors import EngineError, InvalidState
+from freezeframe.errors import Damaged, EngineError, InvalidState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,29 +13,31 @@ if TYPE_CHECKING:
 
     from freezeframe import _core
     from freezeframe.config import VmConfig
+    from freezeframe.errors import FreezeframeError
     from freezeframe.machine.backends import Backends
     from freezeframe.machine.engine import EngineReport
     from freezeframe.machine.parts import Parts
 
     State = Literal["created", "running", "paused", "shutdown"]
+    Kind = Literal["poweroff", "reset", "failed"]
 
 
 class StopReason:
-    """Why a machine stopped by itself: `poweroff`, `reset`, or `failed` with a stable `code` and a message."""
+    """Why a machine stopped by itself: `poweroff`, `reset`, or `failed` with an error."""
 
-    __slots__ = ("code", "kind", "message")
+    __slots__ = ("error", "kind")
 
-    def __init__(self, kind: str, code: str | None = None, message: str | None = None) -> None:
-        self.kind = kind
-        self.code = code
-        self.message = message
+    def __init__(self, kind: Kind, error: FreezeframeError | None = None) -> None:
+        self.kind: Kind = kind
+        self.error = error
 
     def __repr__(self) -> str:
-        return f"<StopReason {self.kind}{f': {self.message}' if self.message else ''}>"
+        return f"<StopReason {self.kind}{f': {self.error}' if self.error else ''}>"
 
 
-def _ignore(reason: StopReason) -> None:
-    """For machines that nobody watches."""
+def _failure(code: str, message: str) -> FreezeframeError:
+    """What the engine reports, as an exception. `damaged`: snapshot memory that is not what was written."""
+    return Damaged(message) if code == "damaged" else EngineError(message, detail={"code": code})
 
 
 class Machine:
@@ -50,7 +52,7 @@ class Machine:
         self.config: VmConfig = parts.config
         self.engine: EngineReport = parts.report
         self.memory: _core.Memory = parts.memory
-        self.on_stop: Callable[[StopReason], None] = _ignore
+        self.on_stop: Callable[[StopReason], None] | None = None
         self.stopped: StopReason | None = None
         self._parts = parts
         self._state: State = state
@@ -85,11 +87,12 @@ class Machine:
         kind, code, message = self._parts.engine.run()
         self._parts.clock.pause()
         if kind != "paused":
-            self.stopped = StopReason(kind, code, message)
+            error = _failure(code or "", message or "") if kind == "failed" else None
+            self.stopped = StopReason(kind, error)
             self._state = "shutdown"
             self._parts.backends.pause()
         self._stands.set()
-        if self.stopped is not None:
+        if self.stopped is not None and self.on_stop is not None:
             self.on_stop(self.stopped)
 
     def pause(self) -> None:
@@ -132,7 +135,8 @@ class Machine:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """What each device has done since the machine was built, by device id."""
-        return {name: device.counters() for name, device in self._parts.virtual.items() if device.counters()}
+        counted = ((name, getattr(device, "counters", None)) for name, device in self._parts.virtual.items())
+        return {name: counters() for name, counters in counted if counters is not None}
 
     def device_tree(self) -> dict[str, Any]:
         """The devices as `vm.info` shows them: ids, PCI addresses and BARs."""
@@ -156,12 +160,7 @@ class Machine:
             self._stands.wait()
         self._state = "shutdown"
         self._parts.backends.pause()
-
-    def failure(self) -> EngineError | None:
-        """Why the engine could not go on, if that is why the machine stopped."""
-        if self.stopped is None or self.stopped.kind != "failed":
-            return None
-        return EngineError(self.stopped.message or "the engine failed", detail={"code": self.stopped.code})
+        self._parts.close()
 
     def __enter__(self) -> Machine:  # noqa: PYI034 - typing.Self costs an import
         return self

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 
 from freezeframe import _core
+from freezeframe.backends.entropy import open_entropy
 from freezeframe.boot import layout
 from freezeframe.devices import cmos, legacy
 from freezeframe.devices.pci import bus as pci_bus
 from freezeframe.devices.pci import virtio as pci_virtio
-from freezeframe.errors import IoFailed
 from freezeframe.machine.backends import CONSOLE, SERIAL
 
 TYPE_CHECKING = False
@@ -71,6 +71,15 @@ class Parts:
         self._high = self.map.mem64[1]
         self._tree: dict[str, dict[str, Any]] = {}
         self._ged: legacy.EventDevice
+
+    def close(self) -> None:
+        """Lets go of everything: disks stay locked, and RAM allocated, as long as a device is held by anything."""
+        self.bus.clear()
+        self.backends.use_blocks({})
+        for name in ("engine", "ioapic", "pci", "_ged"):
+            self.__dict__.pop(name, None)
+        for held in (self.devices, self.virtual, self._lines):
+            held.clear()
 
     def reset(self) -> None:
         self.control.request_stop("reset")
@@ -203,16 +212,17 @@ def _console(parts: Parts, states: States) -> None:
 
 
 def _disk(parts: Parts, states: States, config: DiskConfig, name: str) -> _core.VirtioBlk:
+    disk = parts.backends.disks[name]
     device = _core.VirtioBlk(
         name,
         parts.memory,
         parts.msi,
         parts.control,
-        parts.backends.disks[name].fd,
+        disk.fd,
         readonly=config.readonly,
         queues=config.num_queues,
         queue_size=config.queue_size,
-        serial=config.serial or "",
+        serial=config.serial or disk.serial,
         sparse=config.sparse,
         state=states.take(name),
     )
@@ -226,11 +236,7 @@ def _disks(parts: Parts, states: States) -> None:
 
 
 def _rng(parts: Parts, states: States) -> None:
-    source = parts.config.rng.src
-    try:
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise IoFailed(f"the source of randomness {source} cannot be opened") from error
+    fd = open_entropy(parts.config.rng.src)
     try:
         device = _core.VirtioRng(RNG, parts.memory, parts.msi, parts.control, fd, state=states.take(RNG))
     finally:
@@ -239,7 +245,9 @@ def _rng(parts: Parts, states: States) -> None:
 
 
 # (is it there, component ids without their PCI side, builder), in order.
-ROWS: tuple[tuple[Callable[[VmConfig], bool], Callable[[VmConfig], list[str]], Callable[[Parts, States], None]], ...] = (
+ROWS: tuple[
+    tuple[Callable[[VmConfig], bool], Callable[[VmConfig], list[str]], Callable[[Parts, States], None]], ...
+] = (
     (lambda _: True, lambda _: [IOAPIC], _ioapic),
     (lambda _: True, lambda _: [pci_bus.ID], _pci),
     (

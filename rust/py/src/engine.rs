@@ -1,0 +1,108 @@
+//! `Engine`: the vCPUs of one machine.
+
+use std::sync::{Mutex, MutexGuard, TryLockError};
+
+use pyo3::prelude::*;
+use vcpu::{EngineError, Stop, VcpuState};
+
+use crate::bus::Bus;
+use crate::clock::Clock;
+use crate::control::Control;
+use crate::errors;
+use crate::irq::{Ioapic, MsiRelay};
+use crate::memory::Memory;
+
+/// All vCPUs of a machine. They stand still whenever `run` is not being called.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct Engine {
+    engine: Mutex<Box<dyn vcpu::Engine>>,
+}
+
+impl Engine {
+    /// The engine, unless it runs on another thread.
+    fn standing(&self) -> PyResult<MutexGuard<'_, Box<dyn vcpu::Engine>>> {
+        match self.engine.try_lock() {
+            Ok(engine) => Ok(engine),
+            Err(TryLockError::Poisoned(e)) => Ok(e.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(errors::raise("InvalidState", "the vCPUs are running", &[])),
+        }
+    }
+}
+
+#[pymethods]
+impl Engine {
+    /// The software engine, its vCPUs in their reset state: the first one at the reset vector, the others waiting for INIT. Connects
+    /// the I/O APIC and the message relay to its LAPICs.
+    #[staticmethod]
+    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits))]
+    #[allow(clippy::too_many_arguments)]
+    fn software(
+        memory: &Memory,
+        bus: &Bus,
+        clock: &Clock,
+        control: &Control,
+        ioapic: &Ioapic,
+        msi: &MsiRelay,
+        vcpus: usize,
+        phys_bits: u8,
+    ) -> PyResult<Self> {
+        let made = x86::engine::SoftwareEngine::new(
+            memory.memory.clone(),
+            bus.bus.clone(),
+            clock.clock.clone(),
+            control.control.clone(),
+            vcpus,
+            phys_bits,
+            ioapic.ioapic.clone(),
+        );
+        let engine: Box<dyn vcpu::Engine> = Box::new(made);
+        let sink = engine.irq_sink();
+        ioapic.ioapic.connect(std::sync::Arc::downgrade(&sink));
+        msi.relay.connect(sink);
+        Ok(Self { engine: Mutex::new(engine) })
+    }
+
+    /// `software` or `kvm`.
+    #[getter]
+    fn name(&self) -> PyResult<&'static str> {
+        Ok(self.standing()?.name())
+    }
+
+    #[getter]
+    fn vcpus(&self) -> PyResult<usize> {
+        Ok(self.standing()?.vcpus())
+    }
+
+    /// Runs until something asks for a stop. Gives (`paused`, `poweroff`, `reset` or `failed`, code, message); the last two only
+    /// for `failed`. Releases the GIL; devices in Python take it.
+    fn run(&self, py: Python<'_>) -> PyResult<(&'static str, Option<&'static str>, Option<String>)> {
+        let mut engine = self.standing()?;
+        Ok(match py.detach(|| engine.run()) {
+            Stop::Paused => ("paused", None, None),
+            Stop::PowerOff => ("poweroff", None, None),
+            Stop::Reset => ("reset", None, None),
+            Stop::Failed(e) => ("failed", Some(e.code), Some(e.message)),
+        })
+    }
+
+    /// Complete state of one vCPU (`VcpuState`, rust/vcpu/src/state.rs), without side effects.
+    fn state<'py>(&self, py: Python<'py>, vcpu: usize) -> PyResult<Bound<'py, PyAny>> {
+        let mut engine = self.standing()?;
+        check(vcpu, engine.vcpus())?;
+        let state = engine.state(vcpu).map_err(errors::engine)?;
+        Ok(pythonize::pythonize(py, &state)?)
+    }
+
+    /// Takes a state over; raises `Incompatible`, and then nothing has changed.
+    fn set_state(&self, vcpu: usize, state: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut engine = self.standing()?;
+        check(vcpu, engine.vcpus())?;
+        let refuse = |e: String| errors::raise("Incompatible", &format!("state of vCPU {vcpu}: {e}"), &[]);
+        let state: VcpuState = pythonize::depythonize(state).map_err(|e| refuse(e.to_string()))?;
+        engine.set_state(vcpu, &state).map_err(|e: EngineError| refuse(e.message))
+    }
+}
+
+fn check(vcpu: usize, vcpus: usize) -> PyResult<()> {
+    if vcpu < vcpus { Ok(()) } else { Err(errors::refused(format!("no vCPU {vcpu}: the machine has {vcpus}"))) }
+}
