@@ -29,7 +29,7 @@ class Backends:
     """
 
     def __init__(self, config: VmConfig, *, restored: bool, capture: int = 0) -> None:
-        """`restored`: console files are continued, not begun anew. `capture`: bytes of console output to keep for programs."""
+        """`restored`: console files are continued, not begun anew. `capture`: bytes of output to keep for programs."""
         self.disks: dict[str, DiskFile] = {}
         self.consoles: dict[str, HostConsole] = {}
         self._blocks: dict[str, _core.VirtioBlk] = {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freezeframe.machine.engine import EngineReport
 
 VCPUS_MAX = 254
+CLOCK_FIELDS = ("tsc_khz", "tsc", "boot_ns", "wall_ns", "host_wall_ns")
 
 
 def build_for_boot(
@@ -33,9 +34,9 @@ def build_for_boot(
 ) -> Machine:
     """Allocate memory → create devices from their default state → load kernel, write ACPI → paused.
 
-    `capture`: bytes of console output to keep for programs. `backends`: those that `Machine.release` gave, when a machine
-    is to begin anew; disks and consoles are not opened again then, and stay open when this raises. Everything opened here
-    is closed when it raises.
+    `capture`: bytes of console output to keep for programs. `backends`: those that `Machine.release` gave, when a
+    machine is to begin anew; disks and consoles are not opened again then, and stay open when this raises. What is
+    opened here is closed when it raises.
     """
     from freezeframe.boot import acpi, entry, loader
 
@@ -81,9 +82,9 @@ def build_from_snapshot(
 ) -> Machine:
     """Allocate memory → create devices from their saved state → map memory, set vCPUs → paused.
 
-    `state` is what `Machine.save` gave, untrusted; `memory` holds the RAM already. `clock`: `Advance` or `Freeze`. `disks`:
-    other files in place of the configuration's, by id. Raises `Incompatible` when state, configuration, disks or this host
-    do not fit together; then nothing is left open.
+    `state` is what `Machine.save` gave, untrusted; `memory` holds the RAM already. `clock`: `Advance` or `Freeze`.
+    `disks`: other files in place of the configuration's, by id. Raises `Incompatible` when state, configuration, disks
+    or this host do not fit together; then nothing is left open.
     """
     report = engines.choose(engine)
     substitutes = dict(disks or {})
@@ -99,8 +100,8 @@ def build_from_snapshot(
     for name, device in devices.items():
         if not isinstance(device, dict):
             raise Incompatible(f"saved state of {name} is not a table of fields")
-    vcpus: Any = parts_state["vcpus"]
-    if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnknownArgumentType]
+    vcpus: list[Any] = parts_state["vcpus"]
+    if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise Incompatible(f"the snapshot does not have the states of {config.cpus.boot_vcpus} vCPUs")
     clock_ = _restore_clock(parts_state["clock"], advance=clock == "Advance")
     opened = Backends(config, restored=True, capture=capture)
@@ -170,9 +171,9 @@ def _substitute(config: VmConfig, substitutes: Mapping[str, str]) -> VmConfig:
 
 
 def _restore_clock(state: Any, *, advance: bool) -> _core.Clock:
-    """The software engine scales to any rate; rates that are the same for all purposes use the host's counter as it is."""
+    """The software engine scales to any rate; one that is the host's for all purposes is the host's counter as it is."""
     host_khz = tsc.host_khz()
-    khz = state.get("tsc_khz") if isinstance(state, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    khz = saved.keys("the clock", state, dict.fromkeys(CLOCK_FIELDS, 0))["tsc_khz"]
     if isinstance(khz, int) and tsc.same(khz, host_khz):
         host_khz = khz
     return _core.Clock.from_state(state, host_khz, advance)

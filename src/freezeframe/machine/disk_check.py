@@ -20,8 +20,9 @@ NUMBER_MAX = (1 << 64) - 1
 def check(disks: Mapping[str, DiskFile], states: object, substitutes: Mapping[str, str]) -> None:
     """Compares each disk with what the snapshot recorded.
 
-    A changed disk is refused, because the guest's memory holds parts of what was there: caches, directories, journals. It
-    would go on from them and destroy both. `substitutes` are disks that the caller vouches for; only their size is checked.
+    A changed disk is refused, because the guest's memory holds parts of what was there: caches, directories, journals.
+    It would go on from them and destroy both. `substitutes` are disks that the caller vouches for: only their size is
+    checked.
     """
     recorded = saved.keys("disks", states, dict.fromkeys(disks, 0))
     for name, disk in disks.items():
@@ -45,7 +46,7 @@ def check(disks: Mapping[str, DiskFile], states: object, substitutes: Mapping[st
 
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any], *, readonly: bool) -> str:
-    """What is not the same, for people; empty when nothing. A disk that is only read may be linked or renamed (ctime)."""
+    """What is not the same, for people; empty when nothing. What is only read may be linked or renamed (ctime)."""
     if (then["dev"], then["ino"]) != (now["dev"], now["ino"]):
         return "it is another file (copied, moved between file systems or made anew)"
     if then["mtime_ns"] != now["mtime_ns"]:
