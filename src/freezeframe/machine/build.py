@@ -171,7 +171,7 @@ def _substitute(config: VmConfig, substitutes: Mapping[str, str]) -> VmConfig:
 
 
 def _restore_clock(state: Any, *, advance: bool) -> _core.Clock:
-    """The software engine scales to any rate; one that is the host's for all purposes is the host's counter as it is."""
+    """The software engine scales to any rate; where it is the host's, the host's counter is used as it is."""
     host_khz = tsc.host_khz()
     khz = saved.keys("the clock", state, dict.fromkeys(CLOCK_FIELDS, 0))["tsc_khz"]
     if isinstance(khz, int) and tsc.same(khz, host_khz):
