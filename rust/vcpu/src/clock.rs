@@ -87,6 +87,11 @@ impl Clock {
         (u128::from(ticks) * 1_000_000 / u128::from(self.tsc_khz.max(1))).min(u128::from(u64::MAX)) as u64
     }
 
+    /// State at the last `resume` (or at the pause, while stopped): one point that all kvm-clock pages extrapolate from.
+    pub fn anchor(&self) -> ClockState {
+        self.epoch().state
+    }
+
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
         if self.native && self.running.load(Ordering::Acquire) {

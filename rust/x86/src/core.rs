@@ -7,6 +7,7 @@ use vcpu::{Bus, Clock, Control, EngineError, EoiListener};
 
 use crate::apics::Apics;
 use crate::cache::JumpCache;
+use crate::events::Reinject;
 use crate::insn::{Fault, HIGH8, Insn};
 use crate::kvmclock::KvmClock;
 use crate::lapic::Lapic;
@@ -89,6 +90,8 @@ pub struct Core {
     pub tsc_adjust: u64,
     /// AMD HWCR as far as the guest may write it.
     pub hwcr: u64,
+    /// An event whose delivery a snapshot interrupted (only KVM makes such ones): comes before anything else.
+    pub reinject: Option<Reinject>,
     /// Set together with returning [`Fault`].
     pub fault: Option<Pending>,
     /// The #GP in `fault` is of a non-canonical address: the loop turns it into #SS for stack references.
@@ -130,6 +133,7 @@ impl Core {
             kvmclock: KvmClock::default(),
             tsc_adjust: 0,
             hwcr: 0,
+            reinject: None,
             fault: None,
             noncanonical: false,
             yielded: false,

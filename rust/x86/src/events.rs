@@ -16,6 +16,15 @@ pub enum Delivered {
     Entered,
 }
 
+/// An event that had left its source but not reached the guest when the state was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reinject {
+    Exception(Exception),
+    Interrupt(u8),
+    /// NMIs are masked already.
+    Nmi,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     /// INT n, INT3, INTO: gate privilege is checked and EXT is 0.
@@ -93,7 +102,7 @@ impl Core {
     /// Whether [`Core::poll_events`] would do something. Cheap: called between blocks.
     #[inline(always)]
     pub fn event_pending(&self) -> bool {
-        self.shared.apics.mailbox(self.vcpu).posted() || self.deliverable()
+        self.shared.apics.mailbox(self.vcpu).posted() || self.deliverable() || self.reinject.is_some()
     }
 
     /// Something that has already arrived can be taken now.
@@ -108,6 +117,9 @@ impl Core {
     pub fn poll_events(&mut self) -> Result<Delivered, Fault> {
         if self.shared.apics.mailbox(self.vcpu).posted() {
             self.take_mail();
+        }
+        if self.reinject.is_some() {
+            return self.reinject();
         }
         if !matches!(self.cpu.activity, Activity::Running | Activity::Halted) || !self.deliverable() {
             return Ok(Delivered::Nothing);
@@ -124,7 +136,18 @@ impl Core {
         }
     }
 
-    fn take_mail(&mut self) {
+    #[cold]
+    fn reinject(&mut self) -> Result<Delivered, Fault> {
+        match self.reinject.take() {
+            Some(Reinject::Exception(e)) => self.deliver(e),
+            Some(Reinject::Interrupt(vector)) => self.interrupt(vector),
+            Some(Reinject::Nmi) => self.interrupt(2),
+            None => Ok(Delivered::Nothing),
+        }
+    }
+
+    /// Takes over what other threads and vCPUs posted.
+    pub fn take_mail(&mut self) {
         let shared = self.shared.clone();
         let mail = shared.apics.mailbox(self.vcpu).take();
         if mail.signals & SIGNAL_INIT != 0 {

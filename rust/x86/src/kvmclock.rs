@@ -14,9 +14,6 @@ pub struct KvmClock {
     pub system_time: u64,
     /// MSR 0x4b564d00 (0x11), as last written.
     pub wall_clock: u64,
-    /// Whether `system_time` was written by its old number.
-    pub old_system_time: bool,
-    pub old_wall_clock: bool,
 }
 
 /// `pvclock_vcpu_time_info.tsc_to_system_mul` and `tsc_shift`: nanoseconds = (ticks << shift) * mul >> 32, rounded
@@ -61,7 +58,8 @@ impl KvmClock {
             other => other?,
         }
         let odd = u32::from_le_bytes(version) | 1;
-        let state = clock.state();
+        // All vCPUs' pages lie on one line: TSC_STABLE promises that they agree to the nanosecond.
+        let state = clock.anchor();
         let (mul, shift) = scale(clock.tsc_khz());
         let flags = FLAG_TSC_STABLE | old_flags[0] & FLAG_GUEST_STOPPED | if stopped { FLAG_GUEST_STOPPED } else { 0 };
         let mut fields = [0u8; 28];
@@ -84,7 +82,7 @@ impl KvmClock {
             other => other?,
         }
         let odd = u32::from_le_bytes(version) | 1;
-        let state = clock.state();
+        let state = clock.anchor();
         let ns = state.wall_ns.saturating_sub(state.boot_ns);
         let mut fields = [0u8; 8];
         fields[..4].copy_from_slice(&((ns / 1_000_000_000) as u32).to_le_bytes());
@@ -130,7 +128,7 @@ mod tests {
     fn page_agrees_with_the_clock_and_never_goes_back() {
         let memory = GuestMemory::new(&[RegionLayout { gpa: 0, size: 0x10000 }]).unwrap();
         let state = ClockState { tsc_khz: 3_294_123, tsc: 1 << 40, boot_ns: 77_000, wall_ns: 5_000_000_000, host_wall_ns: 0 };
-        let kvm = KvmClock { system_time: 0x1001, wall_clock: 0x2000, ..KvmClock::default() };
+        let kvm = KvmClock { system_time: 0x1001, wall_clock: 0x2000 };
         let clock = Clock::from_state(state, 0);
         kvm.publish(&memory, &clock, 5, true).unwrap();
         let mut page = [0; 32];

@@ -6,6 +6,7 @@
 
 pub mod apics;
 pub mod cache;
+pub mod convert;
 pub mod core;
 pub mod cpuid;
 pub mod decode;

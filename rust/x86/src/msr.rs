@@ -34,7 +34,7 @@ pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
 pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
-const HWCR: u32 = 0xc001_0015;
+pub const HWCR: u32 = 0xc001_0015;
 const SYSCFG: u32 = 0xc001_0010;
 const DE_CFG: u32 = 0xc001_1029;
 
@@ -93,9 +93,9 @@ pub const SAVED: &[u32] = &[
 ];
 
 /// HWCR: TscFreqSel reads as set (the TSC counts at a constant rate), and cannot be cleared.
-const HWCR_FIXED: u64 = 1 << 24;
+pub const HWCR_FIXED: u64 = 1 << 24;
 /// HWCR bits that guests write and that mean nothing here: TLB cache disable, SMM lock and others; McStatusWrEn.
-const HWCR_WRITABLE: u64 = 1 << 3 | 1 << 6 | 1 << 8 | 1 << 18 | HWCR_FIXED;
+pub const HWCR_WRITABLE: u64 = 1 << 3 | 1 << 6 | 1 << 8 | 1 << 18 | HWCR_FIXED;
 
 /// The values of a vCPU that firmware has set up: MTRRs on, all memory write-back.
 pub fn power_on() -> Msrs {
@@ -123,6 +123,29 @@ pub fn storable(index: u32, value: u64, phys_bits: u8) -> bool {
     }
 }
 
+/// The MSRs that are plain storage.
+pub fn plain(m: &mut Msrs, index: u32) -> Option<&mut u64> {
+    Some(match index {
+        STAR => &mut m.star,
+        LSTAR => &mut m.lstar,
+        CSTAR => &mut m.cstar,
+        FMASK => &mut m.fmask,
+        KERNEL_GS_BASE => &mut m.kernel_gs_base,
+        SYSENTER_CS => &mut m.sysenter_cs,
+        SYSENTER_ESP => &mut m.sysenter_esp,
+        SYSENTER_EIP => &mut m.sysenter_eip,
+        PAT => &mut m.pat,
+        TSC_AUX => &mut m.tsc_aux,
+        MISC_ENABLE => &mut m.misc_enable,
+        MTRR_DEF_TYPE => &mut m.mtrr_def_type,
+        MTRR_PHYS..0x210 => &mut m.mtrr_phys[(index - MTRR_PHYS) as usize],
+        _ => {
+            let at = MTRR_FIXED.iter().position(|&i| i == index)?;
+            &mut m.mtrr_fixed[at]
+        }
+    })
+}
+
 impl Core {
     /// What a LAPIC needs of its surroundings.
     pub(crate) fn with_lapic<R>(&mut self, f: impl FnOnce(&mut crate::lapic::Lapic, &Outside) -> R) -> R {
@@ -135,32 +158,9 @@ impl Core {
         self.shared.clock.tsc().wrapping_add(self.tsc_adjust)
     }
 
-    fn plain_msr(&mut self, index: u32) -> Option<&mut u64> {
-        let m = &mut self.cpu.msr;
-        Some(match index {
-            STAR => &mut m.star,
-            LSTAR => &mut m.lstar,
-            CSTAR => &mut m.cstar,
-            FMASK => &mut m.fmask,
-            KERNEL_GS_BASE => &mut m.kernel_gs_base,
-            SYSENTER_CS => &mut m.sysenter_cs,
-            SYSENTER_ESP => &mut m.sysenter_esp,
-            SYSENTER_EIP => &mut m.sysenter_eip,
-            PAT => &mut m.pat,
-            TSC_AUX => &mut m.tsc_aux,
-            MISC_ENABLE => &mut m.misc_enable,
-            MTRR_DEF_TYPE => &mut m.mtrr_def_type,
-            MTRR_PHYS..0x210 => &mut m.mtrr_phys[(index - MTRR_PHYS) as usize],
-            _ => {
-                let at = MTRR_FIXED.iter().position(|&i| i == index)?;
-                &mut m.mtrr_fixed[at]
-            }
-        })
-    }
-
     /// RDMSR. `None`: no such register.
     pub fn read_msr(&mut self, index: u32) -> Option<u64> {
-        if let Some(value) = self.plain_msr(index) {
+        if let Some(value) = plain(&mut self.cpu.msr, index) {
             return Some(*value);
         }
         Some(match index {
@@ -198,7 +198,7 @@ impl Core {
         if !storable(index, value, self.shared.phys_bits) {
             return Err(self.raise(GP, Some(0)));
         }
-        if let Some(slot) = self.plain_msr(index) {
+        if let Some(slot) = plain(&mut self.cpu.msr, index) {
             *slot = value;
             return Ok(());
         }
