@@ -152,7 +152,9 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
         out.push(format!("rip {:#x} ours {:#x}", n.rip, o.rip));
     }
     let mut mask = !RF;
-    if matches!(insn.mnemonic(), Mnemonic::Fcomi | Mnemonic::Fcomip | Mnemonic::Fucomi | Mnemonic::Fucomip) && o.u16(fx::FSW) & 0x80 != 0 {
+    if matches!(insn.mnemonic(), Mnemonic::Fcomi | Mnemonic::Fcomip | Mnemonic::Fucomi | Mnemonic::Fucomip)
+        && o.u16(fx::FSW) & 0x80 != 0
+    {
         // Unmasked invalid operand: Intel's manual leaves the flags alone, this AMD processor sets them.
         mask &= !(CF | PF | AF | ZF | SF | OF);
     }

@@ -78,7 +78,8 @@ fn excluded(code: Code) -> bool {
             | M::Les
             | M::Loadall
             | M::Umov
-            | M::Ud0 | M::Ud1
+            | M::Ud0
+            | M::Ud1
             | M::Sysexitq
             | M::Sysretq
             | M::Frstpm

@@ -20,7 +20,11 @@ fn refuse<T>(field: &str, why: impl std::fmt::Display) -> Checked<T> {
 }
 
 fn reserved(field: &str, value: u64, allowed: u64) -> Checked<()> {
-    if value & !allowed != 0 { refuse(field, format!("{value:#x} has reserved bits {:#x} set", value & !allowed)) } else { Ok(()) }
+    if value & !allowed != 0 {
+        refuse(field, format!("{value:#x} has reserved bits {:#x} set", value & !allowed))
+    } else {
+        Ok(())
+    }
 }
 
 // ---- segments ----
@@ -230,9 +234,7 @@ impl Core {
 
     /// Validates `state` and takes it over; on error nothing has changed.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError> {
-        let restored = self
-            .check(state)
-            .map_err(|why| EngineError::new("state", format!("vCPU {}: {why}", self.vcpu)))?;
+        let restored = self.check(state).map_err(|why| EngineError::new("state", format!("vCPU {}: {why}", self.vcpu)))?;
         // What was posted to the old state is void.
         let _ = self.shared.apics.mailbox(self.vcpu).take();
         let icount = self.cpu.icount;
@@ -493,9 +495,7 @@ fn check_regs(s: &VcpuState, cpu: &mut Cpu) -> Checked<()> {
     if cpu.code_size != crate::state::CodeSize::Bits64 && r.rip >> 32 != 0 {
         return refuse("regs.rip", format!("{:#x} outside 64-bit code", r.rip));
     }
-    let gpr = [
-        r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
-    ];
+    let gpr = [r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15];
     cpu.gpr[..16].copy_from_slice(&gpr);
     cpu.rip = r.rip;
     cpu.set_rflags(r.rflags);

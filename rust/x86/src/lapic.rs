@@ -348,13 +348,20 @@ impl Lapic {
         ticks_to_tsc(u64::from(self.timer_initial) * self.divisor(), khz).max(1)
     }
 
-    /// The clock's TSC (without adjustment) at which the timer next fires.
-    pub fn timer_due(&self, tsc_adjust: u64) -> Option<u64> {
+    /// Ticks until the timer fires, 0 when it is due. `now` is the clock's TSC without adjustment.
+    pub fn timer_left(&self, now: u64, tsc_adjust: u64) -> Option<u64> {
         if self.timer_mode() == 2 {
-            (self.tsc_deadline != 0).then(|| self.tsc_deadline.wrapping_sub(tsc_adjust))
+            // Unsigned comparison with the *guest's* counter, as the hardware does.
+            (self.tsc_deadline != 0).then(|| self.tsc_deadline.saturating_sub(now.wrapping_add(tsc_adjust)))
         } else {
-            (self.timer_expiry != 0).then_some(self.timer_expiry)
+            (self.timer_expiry != 0).then(|| self.timer_expiry.saturating_sub(now))
         }
+    }
+
+    /// Whether the timer runs. Cheap: asked before each turn.
+    #[inline]
+    pub fn timer_armed(&self) -> bool {
+        self.tsc_deadline != 0 || self.timer_expiry != 0
     }
 
     /// Whether an expiry would interrupt at all; a masked timer need not wake a sleeping machine.
@@ -364,18 +371,15 @@ impl Lapic {
 
     /// Fires the timer when its time has come. `now` is the clock's TSC without adjustment.
     pub fn poll_timer(&mut self, now: u64, tsc_adjust: u64, khz: u64) {
-        let Some(due) = self.timer_due(tsc_adjust) else { return };
+        if self.timer_left(now, tsc_adjust) != Some(0) {
+            return;
+        }
         if self.timer_mode() == 2 {
-            // Unsigned comparison with the *guest's* counter, as the hardware does.
-            if now.wrapping_add(tsc_adjust) >= self.tsc_deadline {
-                self.tsc_deadline = 0;
-                self.fire_lvt(LVT_TIMER);
-            }
+            self.tsc_deadline = 0;
+            self.fire_lvt(LVT_TIMER);
             return;
         }
-        if now < due {
-            return;
-        }
+        let due = self.timer_expiry;
         if self.timer_mode() == 1 && self.timer_initial != 0 {
             let period = self.period(khz);
             self.timer_expiry = due.saturating_add(((now - due) / period + 1).saturating_mul(period));

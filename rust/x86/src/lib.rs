@@ -10,6 +10,7 @@ pub mod convert;
 pub mod core;
 pub mod cpuid;
 pub mod decode;
+pub mod engine;
 pub mod events;
 pub mod exec;
 pub mod flags;
@@ -23,3 +24,5 @@ pub mod run;
 pub mod segments;
 pub mod state;
 pub mod tlb;
+
+pub use engine::{EngineConfig, SoftwareEngine};

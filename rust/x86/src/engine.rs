@@ -1,0 +1,202 @@
+//! The software engine: all vCPUs of a machine take turns on the calling thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memory::GuestMemory;
+use vcpu::{Bus, Clock, Control, Engine, EngineError, EoiListener, IrqSink, Stop, VcpuState};
+
+use crate::cache::Cache;
+use crate::core::{Core, Pending, Shared};
+use crate::run::RunExit;
+use crate::state::Activity;
+
+/// Instructions of one turn: about 0.2 ms, which bounds how late a timer or an IPI to another vCPU can be.
+const SLICE: u64 = 50_000;
+/// What an APIC id of 8 bits can name, the broadcast excluded.
+pub const MAX_VCPUS: usize = 255;
+
+/// What a software engine is made for.
+pub struct EngineConfig {
+    pub memory: Arc<GuestMemory>,
+    pub bus: Arc<Bus>,
+    pub clock: Arc<Clock>,
+    pub control: Arc<Control>,
+    pub vcpus: usize,
+    /// Physical address bits that the guest sees (32–52).
+    pub phys_bits: u8,
+    /// Told of the end of level-triggered interrupts: the I/O APIC.
+    pub eoi: Option<Arc<dyn EoiListener>>,
+}
+
+/// Guarantees: outside [`Engine::run`] every vCPU stands at an instruction boundary and nothing runs; the order of turns depends
+/// on the guest, the clock and what other threads post, on nothing else.
+pub struct SoftwareEngine {
+    shared: Arc<Shared>,
+    cores: Vec<Core>,
+    cache: Cache,
+    /// Whose turn is next.
+    turn: usize,
+}
+
+/// How a vCPU's turn ended.
+enum Turn {
+    /// It did something.
+    Ran,
+    /// It has nothing to do.
+    Idle,
+}
+
+impl SoftwareEngine {
+    /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise.
+    pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
+        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi } = config;
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return Err(EngineError::new("host", format!("{vcpus} vCPUs: the software engine runs 1 to {MAX_VCPUS}")));
+        }
+        if !(32..=52).contains(&phys_bits) {
+            return Err(EngineError::new("host", format!("{phys_bits} physical address bits: 32 to 52 are possible")));
+        }
+        let shared = Arc::new(Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi));
+        let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
+        Ok(Self { shared, cores, cache: Cache::new(), turn: 0 })
+    }
+
+    /// Instructions that vCPU `n` has retired since this engine was made.
+    pub fn instructions(&self, n: usize) -> u64 {
+        self.cores[n].cpu.icount
+    }
+
+    /// Runs vCPU 0 for exactly `n` instructions (a halted vCPU stops earlier) and leaves the clock alone: for tests and replay.
+    /// Interrupts that are already there are taken. The number of instructions executed.
+    pub fn run_exactly(&mut self, n: u64) -> Result<u64, Stop> {
+        let first = self.cores[0].cpu.icount;
+        let core = &mut self.cores[0];
+        loop {
+            let done = core.cpu.icount - first;
+            if done >= n {
+                return Ok(done);
+            }
+            match core.run(&mut self.cache, n - done) {
+                RunExit::Budget | RunExit::Pause => {}
+                RunExit::Events => {
+                    if let Some(stop) = self.shared.control.service() {
+                        return Err(stop);
+                    }
+                }
+                RunExit::Halted => return Ok(core.cpu.icount - first),
+                RunExit::TripleFault => return Err(Stop::Reset),
+                RunExit::Failed(error) => return Err(Stop::Failed(error)),
+            }
+        }
+    }
+
+    /// Direct access for tests and the differential runner.
+    pub fn core(&mut self, n: usize) -> &mut Core {
+        &mut self.cores[n]
+    }
+
+    /// Before the first instruction after a pause or restore: the guests' clock pages.
+    fn begin(&mut self) -> Result<(), EngineError> {
+        for core in &mut self.cores {
+            if core.publish_kvmclock(true).is_err() {
+                return Err(match core.fault.take() {
+                    Some(Pending::Memory(error)) => EngineError::new("damaged", error.to_string()),
+                    other => EngineError::new("host", format!("kvm-clock page of vCPU {}: {other:?}", core.vcpu)),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// One vCPU's turn.
+    fn turn(&mut self, n: usize) -> Result<Turn, Stop> {
+        let core = &mut self.cores[n];
+        let clock = &self.shared.clock;
+        if core.lapic.timer_armed() {
+            core.lapic.poll_timer(clock.tsc(), core.tsc_adjust, clock.tsc_khz());
+        }
+        if core.cpu.activity != Activity::Running && !core.event_pending() {
+            return Ok(Turn::Idle);
+        }
+        match core.run(&mut self.cache, SLICE) {
+            RunExit::Budget | RunExit::Pause | RunExit::Events => Ok(Turn::Ran),
+            RunExit::Halted => Ok(Turn::Idle),
+            RunExit::TripleFault => Err(Stop::Reset),
+            RunExit::Failed(error) => Err(Stop::Failed(error)),
+        }
+    }
+
+    fn turns(&mut self) -> Stop {
+        let mut idle = 0;
+        loop {
+            // Before looking at the vCPUs: what is posted later ends the sleep below.
+            if self.shared.control.attention() {
+                if let Some(stop) = self.shared.control.service() {
+                    return stop;
+                }
+                idle = 0;
+            }
+            match self.turn(self.turn) {
+                Ok(Turn::Ran) => idle = 0,
+                Ok(Turn::Idle) => idle += 1,
+                Err(stop) => return stop,
+            }
+            self.turn = (self.turn + 1) % self.cores.len();
+            if idle >= self.cores.len() {
+                self.sleep();
+                idle = 0;
+            }
+        }
+    }
+
+    /// Until the next timer that can wake somebody, or until something is posted.
+    fn sleep(&self) {
+        let clock = &self.shared.clock;
+        let now = clock.tsc();
+        let next = self.cores.iter().filter(|c| c.lapic.timer_wakes()).filter_map(|c| c.lapic.timer_left(now, c.tsc_adjust));
+        // Rounded up, so that the timer has expired when we wake.
+        let wait = next.min().map(|ticks| Duration::from_nanos(clock.ns(ticks).saturating_add(1)));
+        let deadline = wait.and_then(|d| Instant::now().checked_add(d));
+        self.shared.control.wait(deadline);
+    }
+}
+
+impl Engine for SoftwareEngine {
+    fn name(&self) -> &'static str {
+        "software"
+    }
+
+    fn vcpus(&self) -> usize {
+        self.cores.len()
+    }
+
+    fn run(&mut self) -> Stop {
+        self.shared.clock.resume();
+        let stop = match self.begin() {
+            Ok(()) => self.turns(),
+            Err(error) => Stop::Failed(error),
+        };
+        self.shared.clock.pause();
+        stop
+    }
+
+    fn state(&mut self, vcpu: usize) -> Result<VcpuState, EngineError> {
+        match self.cores.get_mut(vcpu) {
+            Some(core) => Ok(core.save()),
+            None => Err(EngineError::new("state", format!("vCPU {vcpu}: there are {}", self.cores.len()))),
+        }
+    }
+
+    fn set_state(&mut self, vcpu: usize, state: &VcpuState) -> Result<(), EngineError> {
+        let count = self.cores.len();
+        let Some(core) = self.cores.get_mut(vcpu) else {
+            return Err(EngineError::new("state", format!("vCPU {vcpu}: there are {count}")));
+        };
+        core.restore(state)
+    }
+
+    fn irq_sink(&self) -> Arc<dyn IrqSink> {
+        self.shared.apics.clone()
+    }
+}
