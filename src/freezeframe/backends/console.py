@@ -60,6 +60,11 @@ class HostConsole:
         if self._source is not None:
             self._input = ConsoleInput(self._source, device)
 
+    @property
+    def device(self) -> VirtioConsole | Serial | None:
+        """What `attach` was given last; another one after the guest's reset."""
+        return self._device
+
     def _resized(self) -> None:
         resize = getattr(self._device, "resize", None)
         if resize is not None:

@@ -170,7 +170,6 @@ _ONLY: dict[str, dict[str, object | Callable[[object], bool]]] = {
         "backing_files": False,
         "sparse": True,
         "image_type": lambda kind: kind in ("Raw", "Unknown"),
-        "lock_granularity": "ByteRange",
     },
     "RngConfig": {"iommu": False, "pci_segment": 0, "pci_device_id": None, "id": None, "src": "/dev/urandom"},
     "SerialConfig": {"mode": lambda mode: mode != "Socket", "socket": None},

@@ -6,25 +6,27 @@ from freezeframe.errors import Damaged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Any
 
-    from freezeframe.backends.console import HostConsole
     from freezeframe.config import RestoreConfig, VmConfig
     from freezeframe.machine import Machine
 
 
 class LiveBackend:
-    """Machines on the engine that was asked for. `consoles`: host ends instead of the configured ones, by device id."""
+    """Machines on the engine that was asked for.
 
-    def __init__(self, engine: str | None = None, consoles: Mapping[str, HostConsole] | None = None) -> None:
+    `capture`: for programs: how many bytes of console output to keep for them. A console on the terminal is then the
+    program's instead; the configuration, and with it every snapshot, still says what it said.
+    """
+
+    def __init__(self, engine: str | None = None, *, capture: int = 0) -> None:
         self._engine = engine
-        self._consoles = consoles
+        self._capture = capture
 
     def boot(self, config: VmConfig) -> Machine:
         from freezeframe.machine import build_for_boot
 
-        return build_for_boot(config, engine=self._engine, consoles=self._consoles)
+        return build_for_boot(self._for_us(config), engine=self._engine, capture=self._capture)
 
     def reboot(self, machine: Machine, config: VmConfig) -> Machine:
         """Begins anew with the disks and consoles of a machine that ends here."""
@@ -32,7 +34,7 @@ class LiveBackend:
 
         backends = machine.release()
         try:
-            return build_for_boot(config, engine=self._engine, backends=backends)
+            return build_for_boot(self._for_us(config), engine=self._engine, backends=backends)
         except BaseException:
             backends.close()
             raise
@@ -48,16 +50,16 @@ class LiveBackend:
             except ValueError as error:
                 raise Damaged(f"{directory}/vm.json: the configuration: {error}", file=f"{directory}/vm.json") from None
             machine = build_from_snapshot(
-                config,
+                self._for_us(config),
                 reader.state,
                 reader.open_memory("copy" if request.eager else "ondemand"),
                 engine=self._engine,
                 clock=request.clock,
                 disks={disk.id: disk.path for disk in request.disks},
                 disk_check=request.disk_check,
-                consoles=self._consoles,
+                capture=self._capture,
             )
-        return machine.config, machine
+        return machine.config.replace(console=config.console, serial=config.serial), machine
 
     def snapshot(self, directory: str, config: VmConfig, machine: Machine) -> None:
         from freezeframe.store import write_snapshot
@@ -72,3 +74,12 @@ class LiveBackend:
 
     def device_tree(self, machine: Machine) -> dict[str, Any] | None:
         return machine.device_tree()
+
+    def _for_us(self, config: VmConfig) -> VmConfig:
+        if not self._capture:
+            return config
+        if config.console.mode == "Tty":
+            config = config.replace(console=config.console.replace(mode="Null"))
+        if config.serial.mode == "Tty":
+            config = config.replace(serial=config.serial.replace(mode="Null"))
+        return config

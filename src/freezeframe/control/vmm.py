@@ -159,6 +159,15 @@ class Vmm:
             return info
 
     @property
+    def machine(self) -> Machine | None:
+        """The machine, if one was booted or restored."""
+        return self._machine
+
+    @property
+    def config(self) -> VmConfig | None:
+        return self._config
+
+    @property
     def state(self) -> str:
         """CH's `VmState`."""
         return "Created" if self._machine is None else self._machine.state.capitalize()
