@@ -212,7 +212,7 @@ impl Blk {
     fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let sectors = len / SECTOR;
         let inside = len % SECTOR == 0 && sector.checked_add(sectors).is_some_and(|end| end <= self.sectors);
-        inside.then_some(sector * SECTOR)
+        inside.then(|| sector * SECTOR)
     }
 
     fn read(&mut self, queues: &Queues<'_>, chain: &Chain, sector: u64, len: u64) -> Result<(u8, u64), Fault> {
