@@ -1,9 +1,10 @@
 //! `Engine`: the vCPUs of one machine.
 
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
 use vcpu::{EngineError, Stop, VcpuState};
+use x86::engine::{EngineConfig, SoftwareEngine};
 
 use crate::bus::Bus;
 use crate::clock::Clock;
@@ -46,18 +47,19 @@ impl Engine {
         vcpus: usize,
         phys_bits: u8,
     ) -> PyResult<Self> {
-        let made = x86::engine::SoftwareEngine::new(
-            memory.memory.clone(),
-            bus.bus.clone(),
-            clock.clock.clone(),
-            control.control.clone(),
+        let made = SoftwareEngine::new(EngineConfig {
+            memory: memory.memory.clone(),
+            bus: bus.bus.clone(),
+            clock: clock.clock.clone(),
+            control: control.control.clone(),
             vcpus,
             phys_bits,
-            ioapic.ioapic.clone(),
-        );
+            eoi: Some(ioapic.ioapic.clone()),
+        })
+        .map_err(|e| errors::refused(e.message))?;
         let engine: Box<dyn vcpu::Engine> = Box::new(made);
         let sink = engine.irq_sink();
-        ioapic.ioapic.connect(std::sync::Arc::downgrade(&sink));
+        ioapic.ioapic.connect(Arc::downgrade(&sink));
         msi.relay.connect(sink);
         Ok(Self { engine: Mutex::new(engine) })
     }

@@ -7,7 +7,7 @@ import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from freezeframe.boot import acpi, bzimage, elf, layout
+from freezeframe.boot import acpi, bzimage, elf, layout, smbios
 from freezeframe.boot.entry import write_tables
 from freezeframe.boot.files import BootFile
 from freezeframe.errors import Refused
@@ -91,6 +91,7 @@ def load(memory: Memory, kernel: PathLike, initramfs: PathLike | None, cmdline: 
         else:
             elf.write_start_info(memory, e820, initrd, layout.RSDP)
         memory.write(layout.RSDP, tables)
+        memory.write(layout.SMBIOS, smbios.build())
         memory.write(layout.EBDA_POINTER, struct.pack("<H", layout.RSDP >> 4))
         write_tables(memory, entry)
         return entry
