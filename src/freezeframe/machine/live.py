@@ -110,6 +110,8 @@ class Machine:
             if self.stopped is not None:
                 raise InvalidState(f"the machine stopped by itself ({self.stopped.kind}) before it could be paused")
             self._state = "paused"
+            for device in self._parts.virtual.values():
+                device.pause()
             # Device work runs on the vCPU thread, between instructions: when that stands, no request is in flight.
             self._parts.backends.sync()
 
