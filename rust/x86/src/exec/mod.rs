@@ -12,6 +12,7 @@ pub mod mmx;
 mod simd_tests;
 pub mod sse;
 mod sse_convert;
+mod sse_exact;
 mod sse_float;
 mod sse_int;
 mod sse_lane;

@@ -150,10 +150,10 @@ pub fn st8(c: &mut Core, i: &Insn, v: u8) -> Result<(), Fault> {
     c.store8(a, v)
 }
 
-/// Runs a floating-point operation under the guest's MXCSR. `tiny` tells whether a result is subnormal in a way that an
-/// unmasked underflow reports although it is exact; masked underflow does not.
+/// Runs a floating-point operation under the guest's MXCSR. `judge` is asked when overflow or underflow are not masked, see
+/// `sse_exact`.
 #[inline(always)]
-pub fn float<T>(c: &mut Core, op: impl FnOnce(&mut u32) -> T, tiny: impl FnOnce(&T) -> bool) -> Result<T, Fault> {
+pub fn float<T>(c: &mut Core, op: impl FnOnce(&mut u32) -> T, judge: impl FnOnce(&T, u32) -> (bool, bool)) -> Result<T, Fault> {
     let csr = c.cpu.mxcsr & MXCSR_MASK;
     if csr & MXCSR_MASKS == MXCSR_MASKS {
         let mut now = csr;
@@ -161,14 +161,21 @@ pub fn float<T>(c: &mut Core, op: impl FnOnce(&mut u32) -> T, tiny: impl FnOnce(
         c.cpu.mxcsr = now;
         Ok(r)
     } else {
-        unmasked(c, csr, op, tiny)
+        unmasked(c, csr, op, judge)
     }
 }
 
 #[cold]
-fn unmasked<T>(c: &mut Core, csr: u32, op: impl FnOnce(&mut u32) -> T, tiny: impl FnOnce(&T) -> bool) -> Result<T, Fault> {
+fn unmasked<T>(
+    c: &mut Core,
+    csr: u32,
+    op: impl FnOnce(&mut u32) -> T,
+    judge: impl FnOnce(&T, u32) -> (bool, bool),
+) -> Result<T, Fault> {
     const PRE: u32 = 7; // IE DE ZE come before the operation
+    const OE: u32 = 1 << 3;
     const UE: u32 = 1 << 4;
+    const PE: u32 = 1 << 5;
     const FTZ: u32 = 1 << 15;
     let mut now = (csr | MXCSR_MASKS) & !MXCSR_FLAGS;
     let want = !(csr >> 7) & MXCSR_FLAGS;
@@ -177,8 +184,14 @@ fn unmasked<T>(c: &mut Core, csr: u32, op: impl FnOnce(&mut u32) -> T, tiny: imp
     }
     let r = op(&mut now);
     let mut new = now & MXCSR_FLAGS;
-    if want & UE != 0 && tiny(&r) {
-        new |= UE;
+    if want & (OE | UE) != 0 {
+        let (tiny, inexact) = judge(&r, csr);
+        if tiny && want & UE != 0 {
+            new |= UE;
+        }
+        if new & want & (OE | UE) != 0 && !inexact && new & !want & OE == 0 {
+            new &= !PE;
+        }
     }
     if new & want & PRE != 0 {
         new &= PRE;
@@ -190,26 +203,9 @@ fn unmasked<T>(c: &mut Core, csr: u32, op: impl FnOnce(&mut u32) -> T, tiny: imp
     Err(c.raise(if c.cpu.cr4 & CR4_OSXMMEXCPT != 0 { XM } else { UD }, None))
 }
 
-/// Any of the four singles subnormal.
-pub fn tiny_ps(v: &u128) -> bool {
-    (0..4).any(|n| tiny_ss(&(v >> (32 * n))))
-}
-
-pub fn tiny_ss(v: &u128) -> bool {
-    (*v as u32) & 0x7f80_0000 == 0 && (*v as u32) & 0x7f_ffff != 0
-}
-
-pub fn tiny_pd(v: &u128) -> bool {
-    tiny_sd(v) || tiny_sd(&(v >> 64))
-}
-
-pub fn tiny_sd(v: &u128) -> bool {
-    (*v as u64) & 0x7ff << 52 == 0 && (*v as u64) << 12 != 0
-}
-
-/// For operations that never underflow.
-pub fn never<T>(_: &T) -> bool {
-    false
+/// For operations that neither overflow nor underflow.
+pub fn never<T>(_: &T, _: u32) -> (bool, bool) {
+    (false, false)
 }
 
 pub(super) const NEXT: Result<Flow, Fault> = Ok(Flow::Next);

@@ -4,7 +4,8 @@ use iced_x86::{Code, Instruction, OpKind};
 
 use super::host::sse as host;
 use super::mmx;
-use super::sse::{float, h, ld32, ld64, ld128, never, tiny_ps, tiny_ss, x};
+use super::sse::{float, h, ld32, ld64, ld128, never, x};
+use super::sse_exact as exact;
 use super::sse_float::arith;
 use crate::insn::Handler;
 
@@ -83,16 +84,16 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Cvtsd2si_r64_xmmm64 => to_gpr!(mem, ld64, host::cvtsd2si64),
         Cvttsd2si_r32_xmmm64 => to_gpr!(mem, ld64, host::cvttsd2si32),
         Cvttsd2si_r64_xmmm64 => to_gpr!(mem, ld64, host::cvttsd2si64),
-        Cvtss2sd_xmm_xmmm32 => arith!(mem, ld32, host::cvtss2sd, never),
-        Cvtsd2ss_xmm_xmmm64 => arith!(mem, ld64, host::cvtsd2ss, tiny_ss),
-        Cvtps2pd_xmm_xmmm64 => arith!(mem, ld64, host::cvtps2pd, never),
-        Cvtpd2ps_xmm_xmmm128 => arith!(mem, ld128, host::cvtpd2ps, tiny_ps),
-        Cvtdq2ps_xmm_xmmm128 => arith!(mem, ld128, host::cvtdq2ps, never),
-        Cvtdq2pd_xmm_xmmm64 => arith!(mem, ld64, host::cvtdq2pd, never),
-        Cvtps2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvtps2dq, never),
-        Cvttps2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvttps2dq, never),
-        Cvtpd2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvtpd2dq, never),
-        Cvttpd2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvttpd2dq, never),
+        Cvtss2sd_xmm_xmmm32 => arith!(mem, ld32, host::cvtss2sd, exact::none),
+        Cvtsd2ss_xmm_xmmm64 => arith!(mem, ld64, host::cvtsd2ss, exact::narrow_sd),
+        Cvtps2pd_xmm_xmmm64 => arith!(mem, ld64, host::cvtps2pd, exact::none),
+        Cvtpd2ps_xmm_xmmm128 => arith!(mem, ld128, host::cvtpd2ps, exact::narrow_pd),
+        Cvtdq2ps_xmm_xmmm128 => arith!(mem, ld128, host::cvtdq2ps, exact::none),
+        Cvtdq2pd_xmm_xmmm64 => arith!(mem, ld64, host::cvtdq2pd, exact::none),
+        Cvtps2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvtps2dq, exact::none),
+        Cvttps2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvttps2dq, exact::none),
+        Cvtpd2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvtpd2dq, exact::none),
+        Cvttpd2dq_xmm_xmmm128 => arith!(mem, ld128, host::cvttpd2dq, exact::none),
 
         Cvtps2pi_mm_xmmm64 => to_mm!(mem, ld64, LOW64, host::cvtps2dq),
         Cvttps2pi_mm_xmmm64 => to_mm!(mem, ld64, LOW64, host::cvttps2dq),

@@ -3,23 +3,24 @@
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::host::sse as host;
-use super::sse::{MXCSR_MASK, float, h, ld32, ld64, ld128, never, tiny_pd, tiny_ps, tiny_sd, tiny_ss, x};
+use super::sse::{MXCSR_MASK, float, h, ld32, ld64, ld128, never, x};
+use super::sse_exact as exact;
 use crate::core::Core;
 use crate::insn::{Fault, Handler, Insn};
 use crate::state::flags;
 
 /// `xmm op= xmm/m` with the memory operand read by `$ld`.
 macro_rules! arith {
-    ($mem:expr, $ld:ident, $op:path, $tiny:path) => {
+    ($mem:expr, $ld:ident, $op:path, $judge:path) => {
         if $mem {
             h!(|c, i| {
                 let (a, b) = (c.cpu.xmm[x(i, 0)], $ld(c, i)? as u128);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), $tiny)?;
+                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), |r, csr| $judge(a, b, r, csr))?;
             })
         } else {
             h!(|c, i| {
                 let (a, b) = (c.cpu.xmm[x(i, 0)], c.cpu.xmm[x(i, 1)]);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), $tiny)?;
+                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), |r, csr| $judge(a, b, r, csr))?;
             })
         }
     };
@@ -70,7 +71,7 @@ pub fn set_flags(c: &mut Core, (z, p, cf): (bool, bool, bool)) {
 /// CMPxx: one handler per predicate, chosen when decoding; only the low three bits count.
 macro_rules! predicates {
     ($i:expr, $mem:expr, $ld:ident, $($op:path),*) => {{
-        let all: [Handler; 8] = [$(arith!($mem, $ld, $op, never)),*];
+        let all: [Handler; 8] = [$(arith!($mem, $ld, $op, exact::none)),*];
         all[($i.immediate8() & 7) as usize]
     }};
 }
@@ -134,12 +135,12 @@ fn dot(c: &mut Core, i: &Insn, b: u128, single: bool) -> Result<(), Fault> {
         if single { float(c, |m| host::dpps(a, b, m), never)? } else { float(c, |m| host::dppd(a, b, m), never)? }
     } else if single {
         // With exceptions that count: multiply, then add pairs, each with its own.
-        let products = float(c, |m| host::mulps(a, b, m), tiny_ps)?;
-        let pairs = float(c, |m| host::haddps(products, products, m), tiny_ps)?;
-        float(c, |m| host::haddps(pairs, pairs, m), tiny_ps)?
+        let products = float(c, |m| host::mulps(a, b, m), |r, csr| exact::mul_ps(a, b, r, csr))?;
+        let pairs = float(c, |m| host::haddps(products, products, m), |r, csr| exact::hadd_ps(products, products, r, csr))?;
+        float(c, |m| host::haddps(pairs, pairs, m), |r, csr| exact::hadd_ps(pairs, pairs, r, csr))?
     } else {
-        let products = float(c, |m| host::mulpd(a, b, m), tiny_pd)?;
-        float(c, |m| host::haddpd(products, products, m), tiny_pd)?
+        let products = float(c, |m| host::mulpd(a, b, m), |r, csr| exact::mul_pd(a, b, r, csr))?;
+        float(c, |m| host::haddpd(products, products, m), |r, csr| exact::hadd_pd(products, products, r, csr))?
     };
     c.cpu.xmm[x(i, 0)] = r & keep(i.imm);
     Ok(())
@@ -159,9 +160,9 @@ macro_rules! dots {
 }
 
 macro_rules! table {
-    ($code:expr, $mem:expr; $($name:ident $ld:ident $op:ident $tiny:ident,)*) => {
+    ($code:expr, $mem:expr; $($name:ident $ld:ident $op:ident $judge:ident,)*) => {
         match $code {
-            $(Code::$name => Some(arith!($mem, $ld, host::$op, $tiny)),)*
+            $(Code::$name => Some(arith!($mem, $ld, host::$op, exact::$judge)),)*
             _ => None,
         }
     };
@@ -171,23 +172,23 @@ pub fn select(i: &Instruction) -> Option<Handler> {
     let mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     let code = i.code();
     let found = table! { code, mem;
-        Addps_xmm_xmmm128 ld128 addps tiny_ps, Addpd_xmm_xmmm128 ld128 addpd tiny_pd,
-        Addss_xmm_xmmm32 ld32 addss tiny_ss, Addsd_xmm_xmmm64 ld64 addsd tiny_sd,
-        Subps_xmm_xmmm128 ld128 subps tiny_ps, Subpd_xmm_xmmm128 ld128 subpd tiny_pd,
-        Subss_xmm_xmmm32 ld32 subss tiny_ss, Subsd_xmm_xmmm64 ld64 subsd tiny_sd,
-        Mulps_xmm_xmmm128 ld128 mulps tiny_ps, Mulpd_xmm_xmmm128 ld128 mulpd tiny_pd,
-        Mulss_xmm_xmmm32 ld32 mulss tiny_ss, Mulsd_xmm_xmmm64 ld64 mulsd tiny_sd,
-        Divps_xmm_xmmm128 ld128 divps tiny_ps, Divpd_xmm_xmmm128 ld128 divpd tiny_pd,
-        Divss_xmm_xmmm32 ld32 divss tiny_ss, Divsd_xmm_xmmm64 ld64 divsd tiny_sd,
-        Minps_xmm_xmmm128 ld128 minps never, Minpd_xmm_xmmm128 ld128 minpd never,
-        Minss_xmm_xmmm32 ld32 minss never, Minsd_xmm_xmmm64 ld64 minsd never,
-        Maxps_xmm_xmmm128 ld128 maxps never, Maxpd_xmm_xmmm128 ld128 maxpd never,
-        Maxss_xmm_xmmm32 ld32 maxss never, Maxsd_xmm_xmmm64 ld64 maxsd never,
-        Sqrtps_xmm_xmmm128 ld128 sqrtps never, Sqrtpd_xmm_xmmm128 ld128 sqrtpd never,
-        Sqrtss_xmm_xmmm32 ld32 sqrtss never, Sqrtsd_xmm_xmmm64 ld64 sqrtsd never,
-        Haddps_xmm_xmmm128 ld128 haddps tiny_ps, Haddpd_xmm_xmmm128 ld128 haddpd tiny_pd,
-        Hsubps_xmm_xmmm128 ld128 hsubps tiny_ps, Hsubpd_xmm_xmmm128 ld128 hsubpd tiny_pd,
-        Addsubps_xmm_xmmm128 ld128 addsubps tiny_ps, Addsubpd_xmm_xmmm128 ld128 addsubpd tiny_pd,
+        Addps_xmm_xmmm128 ld128 addps add_ps, Addpd_xmm_xmmm128 ld128 addpd add_pd,
+        Addss_xmm_xmmm32 ld32 addss add_ss, Addsd_xmm_xmmm64 ld64 addsd add_sd,
+        Subps_xmm_xmmm128 ld128 subps sub_ps, Subpd_xmm_xmmm128 ld128 subpd sub_pd,
+        Subss_xmm_xmmm32 ld32 subss sub_ss, Subsd_xmm_xmmm64 ld64 subsd sub_sd,
+        Mulps_xmm_xmmm128 ld128 mulps mul_ps, Mulpd_xmm_xmmm128 ld128 mulpd mul_pd,
+        Mulss_xmm_xmmm32 ld32 mulss mul_ss, Mulsd_xmm_xmmm64 ld64 mulsd mul_sd,
+        Divps_xmm_xmmm128 ld128 divps div_ps, Divpd_xmm_xmmm128 ld128 divpd div_pd,
+        Divss_xmm_xmmm32 ld32 divss div_ss, Divsd_xmm_xmmm64 ld64 divsd div_sd,
+        Minps_xmm_xmmm128 ld128 minps none, Minpd_xmm_xmmm128 ld128 minpd none,
+        Minss_xmm_xmmm32 ld32 minss none, Minsd_xmm_xmmm64 ld64 minsd none,
+        Maxps_xmm_xmmm128 ld128 maxps none, Maxpd_xmm_xmmm128 ld128 maxpd none,
+        Maxss_xmm_xmmm32 ld32 maxss none, Maxsd_xmm_xmmm64 ld64 maxsd none,
+        Sqrtps_xmm_xmmm128 ld128 sqrtps none, Sqrtpd_xmm_xmmm128 ld128 sqrtpd none,
+        Sqrtss_xmm_xmmm32 ld32 sqrtss none, Sqrtsd_xmm_xmmm64 ld64 sqrtsd none,
+        Haddps_xmm_xmmm128 ld128 haddps hadd_ps, Haddpd_xmm_xmmm128 ld128 haddpd hadd_pd,
+        Hsubps_xmm_xmmm128 ld128 hsubps hsub_ps, Hsubpd_xmm_xmmm128 ld128 hsubpd hsub_pd,
+        Addsubps_xmm_xmmm128 ld128 addsubps addsub_ps, Addsubpd_xmm_xmmm128 ld128 addsubpd addsub_pd,
     };
     found.or_else(|| {
         Some(match code {
