@@ -31,7 +31,7 @@ def test_modules_can_be_read_in_one_sitting() -> None:
 
 
 def test_nothing_names_a_machine() -> None:
-    words = ["/" + "work/", "/" + "root/", "mirror" + "."]
+    words = ["/" + "work/", "/" + "root/.", "mirror" + "."]
     for path in _tracked():
         if path.suffix in {".bin", ".elf", ".png", ".gz"} or path.name == "Cargo.lock":
             continue
