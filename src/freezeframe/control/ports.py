@@ -4,7 +4,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, Literal, Protocol
 
     from freezeframe.config import RestoreConfig, VmConfig
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
         message: str | None
 
     class Machine(Protocol):
-        """A live machine, built paused. (A backend only ever gets machines that it made.)"""
+        """A live machine, built paused. (A backend only ever gets machines that it made.)
 
-        on_stop: Callable[[Any], None]
+        It also has an attribute `on_stop: Callable[[StopReason], None]`, called once from the vCPU thread.
+        """
 
         @property
         def state(self) -> Literal["created", "running", "paused", "shutdown"]: ...

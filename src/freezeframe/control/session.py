@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
     from typing import Any, Literal, Self
 
     from freezeframe.backends.console import Console as Reader
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from freezeframe.machine import Machine as LiveMachine
 
     Size = int | str
-    PathLike = str | os.PathLike[str]
+    AnyPath = str | PathLike[str]
     State = Literal["created", "running", "paused", "stopped"]
 
 CAPTURE = 1 << 20
@@ -42,7 +43,7 @@ SERIAL_CONSOLE = "__serial"
 class Snapshot:
     """A handle on a snapshot directory; nothing is read until it is asked for."""
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = os.fspath(path)
 
     def __fspath__(self) -> str:
@@ -57,7 +58,7 @@ class Snapshot:
         memory: Literal["auto", "ondemand", "copy"] = "auto",
         clock: Literal["advance", "freeze"] = "advance",
         resume: bool = True,
-        disks: Mapping[str, PathLike] | None = None,
+        disks: Mapping[str, AnyPath] | None = None,
         disk_check: bool = True,
         engine: Literal["auto", "kvm", "software"] = "auto",
     ) -> Machine:
@@ -181,7 +182,7 @@ class Machine:
         """Go on. `InvalidState` unless paused."""
         _do(self._vmm.resume)
 
-    def snapshot(self, to: PathLike) -> Snapshot:
+    def snapshot(self, to: AnyPath) -> Snapshot:
         """Write the machine into a directory, made if it is not there (its parent must be).
 
         A running machine is paused meanwhile and goes on; a paused one stays paused. Disks are not copied: the
@@ -243,17 +244,17 @@ class Machine:
         if machine is None:
             raise InvalidState("the machine has stopped")
         live: Any = machine
-        return live
+        return live  # type: ignore[no-any-return]
 
 
 def boot(
     *,
-    kernel: PathLike | None = None,
-    initrd: PathLike | None = None,
+    kernel: AnyPath | None = None,
+    initrd: AnyPath | None = None,
     cmdline: str | None = None,
     cpus: int = 1,
     memory: Size = "512M",
-    disks: Sequence[DiskConfig | PathLike] = (),
+    disks: Sequence[DiskConfig | AnyPath] = (),
     engine: Literal["auto", "kvm", "software"] = "auto",
     config: VmConfig | None = None,
 ) -> Machine:
@@ -293,12 +294,12 @@ def boot(
 
 
 def restore(
-    source: Snapshot | PathLike,
+    source: Snapshot | AnyPath,
     *,
     memory: Literal["auto", "ondemand", "copy"] = "auto",
     clock: Literal["advance", "freeze"] = "advance",
     resume: bool = True,
-    disks: Mapping[str, PathLike] | None = None,
+    disks: Mapping[str, AnyPath] | None = None,
     disk_check: bool = True,
     engine: Literal["auto", "kvm", "software"] = "auto",
 ) -> Machine:
@@ -341,7 +342,7 @@ def _bytes(size: Size) -> int:
         raise Refused(f"not a size: {size!r}", hint="a number of bytes, or one with K, M or G") from None
 
 
-def _disk(disk: DiskConfig | PathLike) -> DiskConfig:
+def _disk(disk: DiskConfig | AnyPath) -> DiskConfig:
     from freezeframe.config import DiskConfig
 
     return disk if isinstance(disk, DiskConfig) else DiskConfig(path=os.fspath(disk))

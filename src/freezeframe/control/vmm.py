@@ -253,7 +253,7 @@ class Vmm:
             if self._machine is None:
                 raise ActionFailed(top, "VM is not created", status=NOT_FOUND)
             old, self._machine = self._machine, None
-            old.on_stop = _ignore
+            _watch(old, _ignore)
             self._source = None
             self._start(top, old)
             self.emit("vm", "rebooted")
@@ -306,7 +306,7 @@ class Vmm:
 
     def _adopt(self, machine: Machine) -> None:
         self._machine = machine
-        machine.on_stop = lambda reason: self._notices.put(lambda: self._stopped(machine, reason))
+        _watch(machine, lambda reason: self._notices.put(lambda: self._stopped(machine, reason)))
 
     def _stopped(self, machine: Machine, reason: StopReason) -> int | None:
         """Act on the end of the vCPUs; the exit status when the VMM is to end."""
@@ -340,7 +340,7 @@ class Vmm:
     def _drop_machine(self) -> None:
         machine, self._machine = self._machine, None
         if machine is not None:
-            machine.on_stop = _ignore
+            _watch(machine, _ignore)
             machine.close()
 
     def _running(self, top: str) -> Machine:
@@ -359,6 +359,10 @@ class Vmm:
             action()
         except (FreezeframeError, OSError) as error:
             raise ActionFailed(*chain, cause=error) from error
+
+
+def _watch(machine: Any, notice: Callable[[StopReason], object]) -> None:
+    machine.on_stop = notice
 
 
 def _ignore(_reason: StopReason) -> None:
