@@ -34,6 +34,7 @@ class Listener:
     def bind(cls, path: str) -> Listener:
         """Bind and listen. `Busy` naming the owner when another process holds the path; a stale socket is replaced."""
         lock = _take_lock(path)
+        sock: socket | None = None
         try:
             _remove_stale(path)
             sock = socket(AF_UNIX, SOCK_STREAM)
@@ -44,9 +45,11 @@ class Listener:
             finally:
                 os.umask(umask)
         except OSError as error:
+            if sock is not None:
+                sock.close()
             os.close(lock)
             raise IoFailed(f"Cannot create API socket {path!r}") from error
-        except Refused:
+        except (Refused, Busy):
             os.close(lock)
             raise
         return cls(sock, path, lock)

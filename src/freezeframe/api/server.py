@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from freezeframe.api.listener import Listener
     from freezeframe.control.vmm import Vmm
 
-MAX_HEAD = 64 << 10
+MAX_HEAD = 16 << 10
 MAX_CONNECTIONS = 256
 _CLOSE_TIMEOUT = 5.0
 _DRAIN_TIMEOUT = 1.0
@@ -162,17 +162,20 @@ class Connection:
             head = http_request(self._data) if self._data else None
             if head is not None:
                 size, method, target, minor, headers = head
+                if size > MAX_HEAD:
+                    break
                 self._data = self._data[size:]
                 names = [name for name, _ in headers]
                 if names.count("content-length") > 1:
                     raise ValueError("more than one Content-Length")
                 return method, target, minor, dict(headers)
             if len(self._data) > MAX_HEAD:
-                raise ValueError("head too long")
+                break
             more = self._socket.recv(64 << 10)
             if not more:
                 return None
             self._data += more
+        raise ValueError("head too long")
 
     def _read_body(self, length: int) -> bytes | None:
         parts = [self._data]

@@ -191,7 +191,7 @@ class Machine:
         """
         from freezeframe.config import SnapshotConfig
 
-        path = os.path.abspath(os.fspath(to))
+        path: str = os.path.abspath(os.fspath(to))
         made = not os.path.isdir(path)
         if made:
             os.mkdir(path, 0o700)

@@ -159,16 +159,20 @@ NO_VM = [
         "/api/v1/vm.restore",
         '{"source_url": "file:///run/transcript/tr/snap", "memory_restore_mode": "ondemand"}',
         400,
-        ('["Failed to deserialize JSON",'
-        '"unknown variant `ondemand`, expected `Copy` or `OnDemand` at line 1 column 82"]'),
+        (
+            '["Failed to deserialize JSON",'
+            '"unknown variant `ondemand`, expected `Copy` or `OnDemand` at line 1 column 82"]'
+        ),
     ),
     (
         "PUT",
         "/api/v1/vm.restore",
         '{"source_url": "file:///run/tr/missing"}',
         500,
-        ('["Error from API","The VM could not be restored","Cannot restore VM",'
-        '"Failed to send migratable component snapshot","Destination is not a directory: \\"/run/tr/missing\\""]'),
+        (
+            '["Error from API","The VM could not be restored","Cannot restore VM",'
+            '"Failed to send migratable component snapshot","Destination is not a directory: \\"/run/tr/missing\\""]'
+        ),
     ),
     ("PUT", "/api/v1/vm.delete", None, 204, None),
     ("PUT", "/api/v1/vm.reboot", None, 404, '["Error from API","The VM could not reboot","VM is not created"]'),
