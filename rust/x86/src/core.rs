@@ -11,7 +11,7 @@ use crate::events::Reinject;
 use crate::insn::{Fault, HIGH8, Insn};
 use crate::kvmclock::KvmClock;
 use crate::lapic::Lapic;
-use crate::state::Cpu;
+use crate::state::{CS, CodeSize, Cpu};
 use crate::tlb::{self, Tlb};
 
 pub const DE: u8 = 0;
@@ -113,9 +113,19 @@ pub struct Core {
     /// Number of the current set of translations as far as fetching goes; jump cache entries of others are stale.
     pub(crate) epoch: u64,
     pub(crate) jumps: JumpCache,
+    /// `epoch` with the mode: what a jump cache entry must match.
+    pub(crate) jump_key: u64,
+    /// CS base, 0 in 64-bit code.
+    pub(crate) fetch_base: u64,
+    /// First instruction of the running block.
+    pub(crate) block_at: *const Insn,
+    /// How far this vCPU has followed the block cache.
+    pub(crate) generation: u64,
+    pub(crate) marks_seen: usize,
+    pub(crate) scratch: Vec<Insn>,
 }
 
-// SAFETY: `stop_at` is compared only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
+// SAFETY: `stop_at` and `block_at` are compared only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
 // the core does; neither is tied to a thread.
 unsafe impl Send for Core {}
 
@@ -146,6 +156,12 @@ impl Core {
             code_written: Vec::new(),
             epoch: 1,
             jumps: JumpCache::default(),
+            jump_key: 0,
+            fetch_base: 0,
+            block_at: std::ptr::null(),
+            generation: 0,
+            marks_seen: 0,
+            scratch: Vec::new(),
         }
     }
 
@@ -169,6 +185,12 @@ impl Core {
         self.stop_at = std::ptr::null();
     }
 
+    /// Whether [`Core::leave`] was called during this block.
+    #[inline(always)]
+    pub(crate) fn leaving(&self) -> bool {
+        self.stop_at.is_null()
+    }
+
     /// Recomputes what is derived from CPL and the segments. The loop calls it after every `Leave`, `LeaveJump` and delivered
     /// exception; a handler needs it only when it goes on to access memory after it changed CPL.
     pub fn refresh(&mut self) {
@@ -176,6 +198,8 @@ impl Core {
         for i in 0..6 {
             self.cpu.seg_base[i] = self.cpu.seg[i].base;
         }
+        self.fetch_base = if self.cpu.code_size == CodeSize::Bits64 { 0 } else { self.cpu.seg[CS].base };
+        self.set_jump_key();
     }
 
     /// CR3 was written: drops translations that are not global.
@@ -201,6 +225,11 @@ impl Core {
     pub(crate) fn new_epoch(&mut self) {
         self.epoch += 1;
         self.tlb.clear_fetched();
+        self.set_jump_key();
+    }
+
+    fn set_jump_key(&mut self) {
+        self.jump_key = self.epoch << 3 | (self.cpu.code_size as u64) << 1 | u64::from(self.half != 0);
     }
 }
 

@@ -132,7 +132,11 @@ fn insn(instr: &Instruction, size: CodeSize, off: u16) -> Insn {
     {
         i.imm = near;
     }
-    if i.osize == 0 {
+    if matches!(instr.mnemonic(), Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne)
+        || matches!(instr.mnemonic(), Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz)
+    {
+        i.osize = exec::integer::count_size(instr);
+    } else if i.osize == 0 {
         i.osize = instr.memory_size().size() as u8;
     }
     i

@@ -185,6 +185,22 @@ impl Core {
         Ok(r)
     }
 
+    /// Host address of `lin` when the TLB says that the rest of its page may be read as plain RAM.
+    #[inline]
+    pub(crate) fn plain_read(&mut self, lin: u64) -> Option<*const u8> {
+        let e = self.tlb.entry(Tlb::index(lin, self.half));
+        let offset = lin ^ e.tag_r;
+        (offset < PAGE_SIZE).then(|| (e.host + offset as usize) as *const u8)
+    }
+
+    /// As [`Core::plain_read`] for writing.
+    #[inline]
+    pub(crate) fn plain_write(&mut self, lin: u64) -> Option<*mut u8> {
+        let e = self.tlb.entry(Tlb::index(lin, self.half));
+        let offset = lin ^ e.tag_w;
+        (offset < PAGE_SIZE).then(|| (e.host + offset as usize) as *mut u8)
+    }
+
     /// Faults where a store of `len` bytes would; changes nothing but A and D bits.
     pub fn probe_write(&mut self, lin: u64, len: u64) -> Result<(), Fault> {
         self.probe(lin, len, Kind::Write, Rights::Current)

@@ -1,13 +1,21 @@
-//! The block loop of one vCPU.
+//! The block loop of one vCPU: which block is next, how long it may run, what happens at its end.
 
+use memory::{MemoryError, PAGE_SIZE};
 use vcpu::EngineError;
 
-/// Why [`Core::run`](crate::core::Core::run) came back; the vCPU is exact at an instruction boundary.
+use crate::cache::{Cache, Key, Span};
+use crate::core::{Core, DB, Exception, GP, Pending, SS};
+use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
+use crate::insn::{Fault, Flow, Insn, STACK};
+use crate::mmu::{Kind, Rights};
+use crate::state::{Activity, CodeSize, GPR_BLOCK, flags};
+
+/// Why [`Core::run`] came back; the vCPU is exact at an instruction boundary.
 #[derive(Debug, Clone)]
 pub enum RunExit {
     /// Exactly the budget was executed.
     Budget,
-    /// HLT: nothing to do until an event.
+    /// HLT (or not started yet): nothing to do until an event.
     Halted,
     /// PAUSE: another vCPU should go on.
     Pause,
@@ -17,10 +25,332 @@ pub enum RunExit {
     Failed(EngineError),
 }
 
-impl crate::core::Core {
-    /// Executes at most `budget` instructions.
-    pub fn run(&mut self, cache: &mut crate::cache::Cache, budget: u64) -> RunExit {
-        let _ = (cache, budget);
-        RunExit::Failed(EngineError::new("unsupported-instruction", "the block loop is not written yet"))
+/// How a run of blocks ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The budget is used up.
+    Limit,
+    /// Something the loop must look at before it goes on; the instruction is complete.
+    Boundary,
+    /// As `Boundary`, after an instruction that loaded CS:RIP.
+    FarJump,
+    /// The instruction at RIP faulted.
+    Fault,
+}
+
+/// Exceptions delivered without one instruction in between before the loop gives others a chance.
+const FAULT_STORM: u32 = 1000;
+/// DR6.BS: single step.
+const DR6_BS: u64 = 1 << 14;
+
+impl Core {
+    /// Executes at most `budget` instructions; after `Budget` exactly that many (a REP iteration counts as one).
+    pub fn run(&mut self, cache: &mut Cache, budget: u64) -> RunExit {
+        self.budget = budget;
+        self.yielded = false;
+        self.refresh();
+        let mut storm = 0;
+        loop {
+            self.absorb(cache);
+            if let Err(Fault) = self.poll_events() {
+                if let Some(exit) = self.pending() {
+                    return exit;
+                }
+            }
+            self.refresh();
+            if self.cpu.activity != Activity::Running {
+                return RunExit::Halted;
+            }
+            if self.budget == 0 {
+                return RunExit::Budget;
+            }
+            if self.yielded {
+                return RunExit::Pause;
+            }
+            let before = self.cpu.icount;
+            self.fault = None;
+            let end = self.step_or_run(cache);
+            if end == End::Fault {
+                if let Some(exit) = self.pending() {
+                    return exit;
+                }
+            }
+            self.refresh();
+            storm = if self.cpu.icount == before { storm + 1 } else { 0 };
+            if storm > FAULT_STORM || end != End::Limit && self.shared.control.attention() {
+                self.absorb(cache);
+                return RunExit::Events;
+            }
+        }
     }
+
+    /// One instruction when something wants to look after it, else blocks until the budget or a boundary.
+    #[inline]
+    fn step_or_run(&mut self, cache: &mut Cache) -> End {
+        let stepping = self.cpu.flags & flags::TF != 0;
+        if !stepping && self.cpu.shadow == 0 {
+            return self.blocks(cache);
+        }
+        self.cpu.shadow = 0;
+        let rest = self.budget - 1;
+        self.budget = 1;
+        let mut end = self.blocks(cache);
+        self.budget += rest;
+        if end == End::Limit {
+            end = End::Boundary;
+        }
+        let trap = match end {
+            End::Fault => false,
+            End::FarJump => self.cpu.flags & flags::TF != 0,
+            _ => self.cpu.shadow & 1 == 0,
+        };
+        if stepping && trap {
+            self.cpu.dr[6] |= DR6_BS;
+            self.raise(DB, None);
+            return End::Fault;
+        }
+        end
+    }
+
+    /// Deals with `fault`: delivers an exception (`None`: go on) or says why the machine must stop.
+    fn pending(&mut self) -> Option<RunExit> {
+        self.noncanonical = false;
+        loop {
+            match self.fault.take()? {
+                Pending::Exception(exception) => {
+                    if self.deliver(exception).is_ok() {
+                        return None;
+                    }
+                }
+                Pending::Memory(error) => return Some(RunExit::Failed(memory_failure(&error))),
+                Pending::Failed(error) => return Some(RunExit::Failed(error)),
+                Pending::TripleFault => return Some(RunExit::TripleFault),
+            }
+        }
+    }
+
+    /// Carries out what stores, devices and other vCPUs did to decoded code since the last boundary.
+    fn absorb(&mut self, cache: &mut Cache) {
+        for (phys, len) in self.code_written.drain(..) {
+            cache.invalidate(&self.shared.memory, phys, len);
+        }
+        if self.shared.memory.code_write_pending() {
+            for (phys, len) in self.shared.memory.take_code_writes() {
+                cache.invalidate(&self.shared.memory, phys, len);
+            }
+        }
+        self.follow(cache);
+    }
+
+    /// Brings TLB and jump cache up to date with the block cache.
+    fn follow(&mut self, cache: &Cache) {
+        if self.generation != cache.generation() {
+            self.generation = cache.generation();
+            self.new_epoch();
+        }
+        if self.marks_seen != cache.marks() {
+            match cache.marks_since(self.marks_seen) {
+                Some(pages) if pages.len() <= 64 => pages.iter().for_each(|&page| self.tlb.protect(page)),
+                _ => self.tlb.protect_all(),
+            }
+            self.marks_seen = cache.marks();
+        }
+    }
+
+    /// Runs blocks until the budget is used up or the loop has to look at something.
+    fn blocks(&mut self, cache: &mut Cache) -> End {
+        loop {
+            let rip = self.cpu.rip;
+            let linear = self.linear(self.fetch_base, rip);
+            let span = match self.jumps.get(linear, self.jump_key) {
+                Some(span) => span,
+                None => match self.lookup(cache, linear) {
+                    Ok(span) => span,
+                    Err(Fault) => return End::Fault,
+                },
+            };
+            let insns = cache.insns(span);
+            let count = insns.len().min(self.budget as usize);
+            let start = insns.as_ptr();
+            self.cpu.gpr[usize::from(GPR_BLOCK)] = rip;
+            self.block_at = start;
+            // SAFETY: `count` is at most the slice's length.
+            self.stop_at = unsafe { start.add(count) };
+            let mut at = start;
+            let flow = loop {
+                // SAFETY: `at` starts inside the slice (budget and block are not empty) and goes on only while below `stop_at`,
+                // which is inside it or at its end. The cache cannot change meanwhile: handlers do not see it.
+                let insn = unsafe { &*at };
+                match (insn.f)(self, insn) {
+                    Ok(Flow::Next) => {
+                        // SAFETY: one past an element of the slice at most.
+                        at = unsafe { at.add(1) };
+                        if at >= self.stop_at {
+                            break Flow::Next;
+                        }
+                    }
+                    Ok(flow) => break flow,
+                    Err(Fault) => {
+                        self.retire(at, start);
+                        self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(insn.off)));
+                        if self.noncanonical {
+                            self.blame_stack(insn);
+                        }
+                        return End::Fault;
+                    }
+                }
+            };
+            match flow {
+                Flow::Next => {
+                    self.retire(at, start);
+                    // SAFETY: at least one instruction was executed, so the one before `at` is in the slice.
+                    let last = unsafe { &*at.sub(1) };
+                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
+                }
+                Flow::Jump => self.retire(at.wrapping_add(1), start),
+                Flow::Leave => {
+                    self.retire(at.wrapping_add(1), start);
+                    // SAFETY: `at` is the instruction just executed.
+                    let last = unsafe { &*at };
+                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
+                    return End::Boundary;
+                }
+                Flow::LeaveJump => {
+                    self.retire(at.wrapping_add(1), start);
+                    return End::FarJump;
+                }
+                Flow::Again => {
+                    self.retire(at, start);
+                    // SAFETY: `at` is the instruction just executed.
+                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(unsafe { &*at }.off)));
+                    return if self.budget == 0 { End::Limit } else { End::Boundary };
+                }
+            }
+            if self.stop_at.is_null() {
+                return End::Boundary;
+            }
+            if self.budget == 0 {
+                return End::Limit;
+            }
+        }
+    }
+
+    /// Counts the instructions from `start` up to `at`.
+    #[inline(always)]
+    fn retire(&mut self, at: *const Insn, start: *const Insn) {
+        let done = (at as usize - start as usize) / size_of::<Insn>();
+        self.budget -= done as u64;
+        self.cpu.icount += done as u64;
+    }
+
+    #[inline(always)]
+    fn wrap_ip(&self, ip: u64) -> u64 {
+        if self.cpu.code_size == CodeSize::Bits64 { ip } else { ip & 0xffff_ffff }
+    }
+
+    #[cold]
+    fn blame_stack(&mut self, insn: &Insn) {
+        self.noncanonical = false;
+        if insn.prefix & STACK != 0 {
+            if let Some(Pending::Exception(Exception { vector: vector @ GP, .. })) = &mut self.fault {
+                *vector = SS;
+            }
+        }
+    }
+
+    /// Iterations that a REP instruction may do now (at least 1).
+    #[inline]
+    pub(crate) fn iterations_left(&self, i: &Insn) -> u64 {
+        let before = (std::ptr::from_ref(i) as usize - self.block_at as usize) / size_of::<Insn>();
+        self.budget - before as u64
+    }
+
+    /// Counts `extra` iterations of the running REP instruction besides the one that the loop counts (or not, for `Again`).
+    #[inline]
+    pub(crate) fn count_iterations(&mut self, i: &Insn, extra: u64) {
+        self.budget -= extra;
+        self.cpu.icount += extra;
+        if !self.stop_at.is_null() {
+            let before = (std::ptr::from_ref(i) as usize - self.block_at as usize) / size_of::<Insn>();
+            let last = self.block_at.wrapping_add(self.budget.min(before as u64 + 1 + MAX_INSNS as u64) as usize);
+            self.stop_at = self.stop_at.min(last);
+        }
+    }
+
+    /// Finds or decodes the block at `linear` (= RIP).
+    #[cold]
+    #[inline(never)]
+    fn lookup(&mut self, cache: &mut Cache, linear: u64) -> Result<Span, Fault> {
+        let size = self.cpu.code_size;
+        if size != CodeSize::Bits64 && self.cpu.rip > u64::from(self.cpu.seg[crate::state::CS].limit) {
+            return Err(self.raise(GP, Some(0)));
+        }
+        let phys = self.fetch(linear)?;
+        let next_page = (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
+        let key = Key::new(phys, size);
+        if let Some((span, second)) = cache.find(key) {
+            if second == u64::MAX {
+                self.remember(linear, span);
+                return Ok(span);
+            }
+            if self.fetch(next_page)? == second {
+                return Ok(span);
+            }
+        }
+        let mut bytes = [0u8; MAX_INSNS * MAX_LEN];
+        let rest = (PAGE_SIZE - (phys & (PAGE_SIZE - 1))) as usize;
+        let have = rest.min(bytes.len());
+        self.read_code(phys, &mut bytes[..have])?;
+        let mut insns = std::mem::take(&mut self.scratch);
+        let mut second = u64::MAX;
+        let mut decoded = decode::block(&bytes[..have], size, &mut insns);
+        if decoded == Decoded::Short {
+            // The instruction crosses into the next page: a block of its own.
+            second = self.fetch(next_page)?;
+            self.read_code(second, &mut bytes[rest..rest + MAX_LEN])?;
+            decoded = decode::block(&bytes[..rest + MAX_LEN], size, &mut insns);
+            insns.truncate(1);
+        }
+        let span = match (decoded, insns.first()) {
+            (Decoded::Block(len), Some(first)) => {
+                let len = if second == u64::MAX { len } else { u32::from(first.len) };
+                let span = cache.insert(&self.shared.memory, key, &insns, len, second);
+                self.scratch = insns;
+                span
+            }
+            _ => return Err(self.raise(GP, Some(0))),
+        };
+        self.follow(cache);
+        if second == u64::MAX {
+            self.remember(linear, span);
+        }
+        Ok(span)
+    }
+
+    fn remember(&mut self, linear: u64, span: Span) {
+        self.tlb.note_fetch(linear);
+        self.jumps.put(linear, self.jump_key, span);
+    }
+
+    fn fetch(&mut self, linear: u64) -> Result<u64, Fault> {
+        self.translate(linear, Kind::Fetch, Rights::Current)
+    }
+
+    fn read_code(&mut self, phys: u64, bytes: &mut [u8]) -> Result<(), Fault> {
+        match self.shared.memory.read(phys, bytes) {
+            Ok(()) => Ok(()),
+            Err(MemoryError::NotRam { .. }) => {
+                Err(self.unsupported(format!("the guest jumped to physical address {phys:#x}, where there is no RAM")))
+            }
+            Err(error) => {
+                self.fault = Some(Pending::Memory(error));
+                Err(Fault)
+            }
+        }
+    }
+}
+
+fn memory_failure(error: &MemoryError) -> EngineError {
+    let code = if matches!(error, MemoryError::Host { .. }) { "host" } else { "damaged" };
+    EngineError::new(code, error.to_string())
 }

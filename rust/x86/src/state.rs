@@ -70,6 +70,16 @@ impl Segment {
     pub const G: u32 = 1 << 15;
     pub const UNUSABLE: u32 = 1 << 16;
 
+    /// Whether `len` bytes at `offset` are inside the limit (expand-down data segments: above it).
+    pub fn holds(&self, offset: u64, len: u64) -> bool {
+        let last = offset + (len - 1);
+        if self.attr & (Self::S | 0xc) == Self::S | 4 {
+            let top = if self.attr & Self::DB != 0 { 0xffff_ffff } else { 0xffff };
+            return offset > u64::from(self.limit) && last <= top;
+        }
+        last <= u64::from(self.limit)
+    }
+
     pub fn type_(&self) -> u8 {
         (self.attr & 15) as u8
     }
