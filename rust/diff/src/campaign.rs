@@ -52,6 +52,8 @@ pub struct Summary {
     /// Cases that ended with #AC on the processor and not on the engine, which does not check alignment in ring 3.
     pub alignment: u64,
     pub tried: BTreeMap<String, u64>,
+    /// First line of the reports, without numbers that vary → cases.
+    pub kinds: BTreeMap<String, u64>,
 }
 
 impl Summary {
@@ -74,6 +76,9 @@ impl Summary {
         let differing: u64 = self.differing.values().map(|(n, _)| n).sum();
         for (code, (n, _)) in &self.differing {
             let _ = writeln!(s, "{n:7} of {:7} {code}", self.tried.get(code).copied().unwrap_or(0));
+        }
+        for (kind, n) in &self.kinds {
+            let _ = writeln!(s, "{n:7} {kind}");
         }
         let _ = writeln!(
             s,
@@ -137,6 +142,7 @@ pub fn run(options: &Options) -> Summary {
             }
             Err(Trouble::Other(what)) => vec![format!("native vector {} ours: {what}", expected.vector)],
         };
+        *summary.kinds.entry(kind(&lines[0])).or_default() += 1;
         let entry = summary.differing.entry(code).or_default();
         entry.0 += 1;
         if entry.1.len() < options.examples {
@@ -144,6 +150,15 @@ pub fn run(options: &Options) -> Summary {
         }
     }
     summary
+}
+
+fn kind(line: &str) -> String {
+    match line.split_whitespace().next() {
+        Some("vector" | "native") => line.to_string(),
+        Some("rflags") => line.split(", ").last().unwrap_or_default().to_string(),
+        Some(first) => first.to_string(),
+        None => String::new(),
+    }
 }
 
 /// All that is needed to look into one difference.

@@ -214,8 +214,10 @@ fn load(cpu: &mut Cpu, case: &Case) {
         cpu.seg[i] = flat(USER_DS, 0xc0f3);
     }
     cpu.seg[CS] = if case.bits == 64 { flat(USER_CS64, 0xa0fb) } else { flat(USER_CS32, 0xc0fb) };
-    cpu.seg[FS] = Segment { base: s.fs_base, attr: Segment::UNUSABLE, ..Segment::default() };
-    cpu.seg[GS] = Segment { base: s.gs_base, attr: Segment::UNUSABLE, ..Segment::default() };
+    for (i, base) in [(FS, s.fs_base), (GS, s.gs_base)] {
+        let null = Segment { base, attr: Segment::UNUSABLE, ..Segment::default() };
+        cpu.seg[i] = if case.bits == 64 { null } else { flat(USER_DS, 0xc0f3) };
+    }
     cpu.ldtr = Segment { attr: Segment::UNUSABLE, ..Segment::default() };
     cpu.tr = Segment { base: KERNEL + TSS, limit: 0x67, selector: TR, attr: 0x8b };
     cpu.gdtr = Table { base: KERNEL + GDT, limit: 0x4f };
@@ -274,6 +276,8 @@ fn build_world(memory: &GuestMemory) {
     put(GDT + u64::from(TR) + 8, base >> 32);
     put(TSS + 4, KERNEL + STACK_TOP);
     put(TSS + 36, KERNEL + STACK_TOP);
+    // No I/O bitmap.
+    memory.write(TSS + 102, &0x68u16.to_le_bytes()).expect("inside guest memory");
     for vector in 0..32 {
         let at = KERNEL + ROUTINES + 16 * vector;
         let dpl = if vector == 3 || vector == 4 { 3 } else { 0 };

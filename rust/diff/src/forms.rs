@@ -106,6 +106,12 @@ fn excluded(code: Code) -> bool {
             | Code::Call_ptr1632
             | Code::Jmp_ptr1616
             | Code::Jmp_ptr1632
+            | Code::Popw_ES
+            | Code::Popd_ES
+            | Code::Popw_DS
+            | Code::Popd_DS
+            | Code::Popw_SS
+            | Code::Popd_SS
     )
 }
 
@@ -179,8 +185,9 @@ fn attempt(rng: &mut Rng, code: Code, bits: u32) -> Vec<u8> {
     if op.address_size() == 32 && bits == 64 || op.address_size() == 16 && bits == 32 || rng.chance(6) {
         bytes.push(0x67);
     }
+    // In 32-bit code a CS prefix makes stores fault, which the engine does not check: it has no segment limits and types.
     if rng.chance(12) {
-        bytes.push(rng.pick(&[0x64, 0x65, 0x64, 0x65, 0x26, 0x2e, 0x36, 0x3e]));
+        bytes.push(rng.pick(&[0x64, 0x65, 0x64, 0x65, 0x26, if bits == 64 { 0x2e } else { 0x26 }, 0x36, 0x3e]));
     }
     if rng.chance(if op.can_use_lock_prefix() { 25 } else { 1 }) {
         bytes.push(0xf0);

@@ -271,7 +271,7 @@ impl Build<'_> {
     /// Implicit counts: shift counts, REP counts, bit offsets.
     fn counts(&mut self, insn: &Instruction) {
         if insn.has_rep_prefix() || insn.has_repne_prefix() || insn.is_string_instruction() {
-            let high = if insn.op_kind(0) == OpKind::MemoryESEDI { self.rng.bits() << 32 } else { 0 };
+            let high = if self.bits == 64 && insn.op_kind(0) == OpKind::MemoryESEDI { self.rng.bits() << 32 } else { 0 };
             self.state.gpr[1] = match self.rng.below(10) {
                 0 => 0,
                 1 => self.rng.below(0x400),
@@ -375,6 +375,7 @@ impl Build<'_> {
         let disp = insn.memory_displacement64();
         let mask = if narrow && self.bits == 64 { 0xffff_ffff } else { u64::MAX };
         let garbage = if mask == u64::MAX { 0 } else { self.rng.bits() << 32 };
+        let mask = if self.bits == 32 { 0xffff_ffff } else { mask };
         let keep = |v: u64| v & mask | garbage;
         if x == Register::None {
             *self.gpr(b) = keep(want.wrapping_sub(disp));

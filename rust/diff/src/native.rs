@@ -128,8 +128,12 @@ extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
                 ptr::copy_nonoverlapping(x.state.fx.as_ptr(), fx, 464);
                 *fx.add(512) |= 3;
                 std::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) USER_DS);
-                arch_prctl(ARCH_SET_FS, x.state.fs_base);
-                arch_prctl(ARCH_SET_GS, x.state.gs_base);
+                if x.bits == 64 {
+                    arch_prctl(ARCH_SET_FS, x.state.fs_base);
+                    arch_prctl(ARCH_SET_GS, x.state.gs_base);
+                } else {
+                    std::arch::asm!("mov fs, {0:x}", "mov gs, {0:x}", in(reg) USER_DS);
+                }
             }
             Phase::Run => {
                 x.phase = Phase::Idle;

@@ -212,6 +212,7 @@ impl Core {
     }
 
     fn probe(&mut self, lin: u64, len: u64, kind: Kind, rights: Rights) -> Result<(), Fault> {
+        self.canonical_end(lin, len.max(1))?;
         let mut at = lin;
         let last = self.wrap(lin.wrapping_add(len.max(1) - 1));
         loop {
@@ -260,6 +261,16 @@ impl Core {
         self.probe(self.wrap(lin), len, Kind::Write, Rights::System)
     }
 
+    /// An operand whose last byte is not at a canonical address faults for that before any page is looked up.
+    fn canonical_end(&mut self, lin: u64, len: u64) -> Result<(), Fault> {
+        let end = lin.wrapping_add(len - 1);
+        if self.cpu.long_mode() && (end as i64) << 16 >> 16 != end as i64 {
+            self.noncanonical = true;
+            return Err(self.raise(GP, Some(0)));
+        }
+        Ok(())
+    }
+
     /// Linear addresses have 32 bits unless long mode is active.
     #[inline(always)]
     fn wrap(&self, lin: u64) -> u64 {
@@ -274,6 +285,7 @@ impl Core {
             let phys = self.translate(lin, Kind::Read, rights)?;
             return self.phys_load(phys, len);
         }
+        self.canonical_end(lin, len)?;
         let a = self.translate(lin, Kind::Read, rights)?;
         let b = self.translate(self.wrap(lin.wrapping_add(first)), Kind::Read, rights)?;
         let low = self.phys_load(a, first)?;
@@ -289,6 +301,7 @@ impl Core {
             let phys = self.translate(lin, Kind::Write, rights)?;
             return self.phys_store(phys, len, v);
         }
+        self.canonical_end(lin, len)?;
         let a = self.translate(lin, Kind::Write, rights)?;
         let b = self.translate(self.wrap(lin.wrapping_add(first)), Kind::Write, rights)?;
         // Damaged memory must stop the store before its first byte.

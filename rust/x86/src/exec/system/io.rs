@@ -109,6 +109,9 @@ fn repeated(
     width: u8,
     one: impl FnOnce(&mut Core) -> Result<(), Fault>,
 ) -> Result<Flow, Fault> {
+    // Before the count: a forbidden REP INS of no elements faults too.
+    let port = core.cpu.r16(RDX as u8);
+    allowed(core, port, width)?;
     let mask = address_mask(i);
     let repeat = i.prefix & (REP | REPNE) != 0;
     let count = core.cpu.gpr[RCX] & mask;
@@ -134,7 +137,6 @@ fn repeated(
 fn ins<const WIDTH: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     repeated(core, i, RDI, WIDTH, |core| {
         let port = core.cpu.r16(RDX as u8);
-        allowed(core, port, WIDTH)?;
         let at = core.linear(core.flat_base(ES), core.cpu.gpr[RDI] & address_mask(i));
         core.probe_write(at, u64::from(WIDTH))?;
         let value = input(core, port, WIDTH);
@@ -149,7 +151,6 @@ fn ins<const WIDTH: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
 fn outs<const WIDTH: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     repeated(core, i, RSI, WIDTH, |core| {
         let port = core.cpu.r16(RDX as u8);
-        allowed(core, port, WIDTH)?;
         let at = core.linear(core.cpu.seg_base[usize::from(i.seg & 7)], core.cpu.gpr[RSI] & address_mask(i));
         let value = match WIDTH {
             1 => u32::from(core.load8(at)?),
