@@ -78,7 +78,8 @@ impl Engine {
     /// Runs until something asks for a stop. Gives (`paused`, `poweroff`, `reset` or `failed`, code, message); the last two only
     /// for `failed`. Releases the GIL; devices in Python take it.
     fn run(&self, py: Python<'_>) -> PyResult<(&'static str, Option<&'static str>, Option<String>)> {
-        let mut engine = self.standing()?;
+        let mut guard = self.standing()?;
+        let engine: &mut dyn vcpu::Engine = guard.as_mut();
         Ok(match py.detach(|| engine.run()) {
             Stop::Paused => ("paused", None, None),
             Stop::PowerOff => ("poweroff", None, None),

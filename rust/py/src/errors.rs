@@ -58,7 +58,6 @@ pub fn memory(error: MemoryError) -> PyErr {
     }
 }
 
-#[allow(dead_code)] // used when an engine is bound
 pub fn engine(error: EngineError) -> PyErr {
     match error.code {
         "state" => raise("Incompatible", &error.message, &[]),

@@ -6,6 +6,7 @@ mod bus;
 mod clock;
 mod console;
 mod control;
+mod engine;
 mod errors;
 mod host;
 mod http;
@@ -27,6 +28,8 @@ mod _core {
     use super::console::{ConsoleInput, ConsoleOutput, Serial};
     #[pymodule_export]
     use super::control::Control;
+    #[pymodule_export]
+    use super::engine::Engine;
     #[pymodule_export]
     use super::host::host_tsc_khz;
     #[pymodule_export]
