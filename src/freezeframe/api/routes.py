@@ -84,6 +84,7 @@ def _perform(vmm: Vmm, action: Action, body: bytes) -> Reply:
         else:
             result = action.run(vmm)
     except ActionFailed as failure:
+        vmm.log(1, f"HTTP API error response: {': '.join(failure.texts)}")
         return refusal(failure.status, "Error from API", *failure.texts)
     except Exception as error:
         from freezeframe.api.server import report_bug

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from freezeframe.api.listener import Listener
     from freezeframe.api.server import ApiServer
     from freezeframe.control.events import EventMonitor
+    from freezeframe.control.log import Log
 
 PROGRAM = "Cloud Hypervisor"
 
@@ -71,7 +72,12 @@ class _Process:
         from freezeframe.control.live import LiveBackend
         from freezeframe.control.vmm import Vmm
 
-        vmm = Vmm(LiveBackend(self._values.get("engine")), events=events, no_shutdown="no-shutdown" in self._values)
+        vmm = Vmm(
+            LiveBackend(self._values.get("engine")),
+            events=events,
+            log=self._log(),
+            no_shutdown="no-shutdown" in self._values,
+        )
         try:
             _catch_signals(vmm)
             self._start_machine(vmm)
@@ -101,10 +107,9 @@ class _Process:
         for name, only in (("seccomp", ("true", "false")), ("log-format", ()), ("gdb", ())):
             if name in values and values[name] not in only:
                 raise NotSupported(f"--{name} {values[name]} is not supported by this VMM: leave it out")
-        for name in ("dbus-service-name", "dbus-object-path", "dbus-system-bus", "log-file", "v"):
+        for name in ("dbus-service-name", "dbus-object-path", "dbus-system-bus"):
             if name in values:
-                dashes = "-" if len(name) == 1 else "--"
-                raise NotSupported(f"{dashes}{name} is not supported by this VMM: leave it out")
+                raise NotSupported(f"--{name} is not supported by this VMM: leave it out")
 
     def _events(self) -> EventMonitor | None:
         text = self._values.get("event-monitor")
@@ -113,6 +118,14 @@ class _Process:
         from freezeframe.control.events import EventMonitor
 
         return EventMonitor.from_option(text)
+
+    def _log(self) -> Log | None:
+        level, path = self._values.get("v", 0), self._values.get("log-file")
+        if not level and path is None:
+            return None  # nothing of ours is worth a warning yet
+        from freezeframe.control.log import Log
+
+        return Log(level, path)
 
     def _listen(self) -> Listener | None:
         """The API socket: taken at once, so that a second VMM is refused; answered on when the machine exists."""

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     from freezeframe.config import ResizeData, RestoreConfig, SnapshotConfig, VmConfig
     from freezeframe.control.events import EventMonitor
+    from freezeframe.control.log import Log
     from freezeframe.control.ports import Backend, Machine, StopReason
 
 # The release whose commands and REST API these are; clients look at it to know what they may ask for.
 COMPATIBLE_VERSION = "53.0.0"
 FILE_URL = "file://"
+INFO = 1  # a level of `control.log`, which is loaded only when there is a log
 SENDING = ("Cannot send VM snapshot", "Failed to send migratable component snapshot")
 RECEIVING = ("Cannot restore VM", "Failed to receive migratable component snapshot")
 
@@ -39,11 +41,13 @@ class Vmm:
         backend: Backend,
         *,
         events: EventMonitor | None = None,
+        log: Log | None = None,
         no_shutdown: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
         self._backend = backend
         self._events = events
+        self._log = log
         self._no_shutdown = no_shutdown
         self._report = report or _to_stderr
         self._lock = RLock()
@@ -73,8 +77,13 @@ class Vmm:
             self._drop_machine()
 
     def emit(self, source: str, event: str) -> None:
+        self.log(INFO, f"Event: source = {source} event = {event}")
         if self._events is not None:
             self._events.emit(source, event)
+
+    def log(self, level: int, text: str) -> None:
+        if self._log is not None:
+            self._log.write(level, text)
 
     # VMM actions.
 
