@@ -75,7 +75,10 @@ impl Ours {
         self.write(DATA_PHYS, &case.data[..]);
         load(&mut self.core.cpu, case);
         self.core.refresh();
-        let exit = self.core.run(&mut self.cache, BUDGET);
+        let mut exit = self.core.run(&mut self.cache, BUDGET);
+        if matches!(exit, RunExit::Pause) {
+            exit = self.core.run(&mut self.cache, BUDGET);
+        }
         self.write(CODE_PHYS + at, &[INT3; 16][..len]);
         match exit {
             RunExit::Halted => self.outcome(),

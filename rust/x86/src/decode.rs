@@ -158,7 +158,13 @@ fn number(r: Register) -> u8 {
 
 fn segment(instr: &Instruction, size: CodeSize, i: &mut Insn) {
     let seg = instr.memory_segment().number();
-    if seg == SS {
+    // 64-bit code ignores overrides other than FS and GS, so only the base register tells a stack reference.
+    let stack = if size == CodeSize::Bits64 {
+        seg != FS && seg != GS && matches!(instr.memory_base().full_register(), Register::RSP | Register::RBP)
+    } else {
+        seg == SS
+    };
+    if stack {
         i.prefix |= STACK;
     }
     i.seg = if size == CodeSize::Bits64 && seg != FS && seg != GS { SEG_FLAT } else { seg } as u8;

@@ -7,7 +7,7 @@ use super::operand::{Int, Kind, M, Place, R, Source, code64, kind, place, size};
 use super::stack::{Legacy, Long, Stack};
 use crate::core::{BR, Core, GP, OF, UD};
 use crate::insn::{Fault, Flow, Handler, Insn};
-use crate::state::{Cpu, GPR_BLOCK, RCX};
+use crate::state::{CodeSize, Cpu, GPR_BLOCK, RCX};
 
 /// Whether condition `CC` (the low four bits of the opcodes) holds.
 #[inline(always)]
@@ -41,7 +41,7 @@ fn take<T: Int>(cpu: &mut Cpu, i: &Insn) {
 #[inline(always)]
 fn pass<T: Int>(cpu: &mut Cpu, i: &Insn) {
     let next = next(cpu, i);
-    cpu.rip = if T::BITS == 64 { next } else { next & 0xffff_ffff };
+    cpu.rip = if T::BITS == 64 || cpu.code_size == CodeSize::Bits64 { next } else { next & 0xffff_ffff };
 }
 
 fn jcc<T: Int, const CC: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
@@ -70,7 +70,7 @@ pub fn check_target<T: Int>(core: &mut Core, target: u64) -> Result<(), Fault> {
     if T::BITS == 64 && (target as i64) << 16 >> 16 != target as i64 {
         return Err(core.raise(GP, Some(0)));
     }
-    if T::BITS != 64 && target > u64::from(core.cpu.seg[crate::state::CS].limit) {
+    if T::BITS != 64 && core.cpu.code_size != CodeSize::Bits64 && target > u64::from(core.cpu.seg[crate::state::CS].limit) {
         return Err(core.raise(GP, Some(0)));
     }
     Ok(())

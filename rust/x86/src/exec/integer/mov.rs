@@ -41,6 +41,10 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         N::Xlatb => xlat,
         N::Cmpxchg8b => cmpxchg8b,
         N::Cmpxchg16b => cmpxchg16b,
+        // 0F 0D is a prefetch and wants memory.
+        N::Reservednop if instr.op0_kind() == iced_x86::OpKind::Register && is_0f0d(instr) => {
+            return Some(crate::decode::invalid);
+        }
         N::Nop | N::Endbr64 | N::Endbr32 | N::Prefetchnta | N::Prefetcht0 | N::Prefetcht1 | N::Prefetcht2 | N::Prefetchw => nop,
         N::Prefetch | N::Prefetchwt1 | N::Reservednop | N::Lfence | N::Mfence | N::Sfence => nop,
         N::Pause => pause,
@@ -55,6 +59,11 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
             return cmov_handler(instr, cc);
         }
     })
+}
+
+fn is_0f0d(instr: &Instruction) -> bool {
+    use iced_x86::Code;
+    matches!(instr.code(), Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D)
 }
 
 fn mov<T: Int, D: Place, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {

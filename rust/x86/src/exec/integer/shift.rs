@@ -157,7 +157,7 @@ fn rcr<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
     Ok(Flow::Next)
 }
 
-/// A 16-bit double shift by more than 16 is undefined; as on AMD and Intel the source is shifted in again (SHLD: dst:src:dst).
+/// A 16-bit double shift by more than 16 is undefined; as on AMD the source is shifted in again.
 fn shld<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let n = masked::<T, C>(core, i);
     if n == 0 {
@@ -167,7 +167,7 @@ fn shld<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, F
     let (res, aux) = D::modify(core, i, |v: T| {
         let old = v.zext();
         let (r, cf) = if T::BITS == 16 {
-            let all = old << 32 | low << 16 | old;
+            let all = old << 32 | low << 16 | low;
             ((all << n >> 32) as u16 as u64, all >> (48 - n) & 1 != 0)
         } else {
             let all = u128::from(old) << T::BITS | u128::from(low);
@@ -190,7 +190,7 @@ fn shrd<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, F
     let (res, aux) = D::modify(core, i, |v: T| {
         let old = v.zext();
         let (r, cf) = if T::BITS == 16 {
-            let all = old << 32 | high << 16 | old;
+            let all = high << 32 | high << 16 | old;
             ((all >> n) as u16 as u64, all >> (n - 1) & 1 != 0)
         } else {
             let all = u128::from(high) << T::BITS | u128::from(old);
