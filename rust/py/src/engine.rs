@@ -93,7 +93,9 @@ impl Engine {
         let mut engine = self.standing()?;
         check(vcpu, engine.vcpus())?;
         let state = engine.state(vcpu).map_err(errors::engine)?;
-        Ok(pythonize::pythonize(py, &state)?)
+        // By way of JSON's types: what is saved must be lists, where pythonize makes tuples of Rust's arrays.
+        let plain = serde_json::to_value(&state).map_err(|e| pyo3::exceptions::PyValueError::new_err(e.to_string()))?;
+        Ok(pythonize::pythonize(py, &plain)?)
     }
 
     /// Takes a state over; raises `Incompatible`, and then nothing has changed.
