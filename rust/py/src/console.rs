@@ -79,6 +79,12 @@ impl ConsoleOutput {
         }
     }
 
+    /// Waits until the host has taken everything, as long as it takes something within `patience` seconds.
+    fn drain(&self, py: Python<'_>, patience: f64) {
+        let patience = Duration::try_from_secs_f64(patience).unwrap_or_default();
+        py.detach(|| self.output.drain(patience));
+    }
+
     /// `{"written", "dropped"}`: bytes that the host took, and bytes lost because nobody read them.
     fn counters(&self) -> std::collections::BTreeMap<&'static str, u64> {
         let (written, dropped) = self.output.counters();

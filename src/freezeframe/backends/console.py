@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     Mode = Literal["Off", "Pty", "Tty", "File", "Socket", "Null"]
 
-CAPTURE = 1 << 20
+# Seconds without a byte taken after which a reader counts as gone at the end of a machine.
+PATIENCE = 1.0
 
 
 class HostConsole:
@@ -85,10 +86,11 @@ class HostConsole:
             self._input.resume()
 
     def close(self) -> None:
-        """Ends input and gives the terminal back."""
+        """Ends input, lets a slow reader have the rest of the output, and gives the terminal back."""
         if self._input is not None:
             self._input.close()
             self._input = None
+        self.output.drain(PATIENCE)
         if self._uses_terminal:
             self._uses_terminal = False
             terminal.release(self._resized)

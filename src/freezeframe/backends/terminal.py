@@ -18,18 +18,6 @@ _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 _FATAL = (signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT, signal.SIGTERM)
 
 
-def ensure_standard_descriptors() -> None:
-    """Opens /dev/null where a standard descriptor is closed, or else the next file opened would become it."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != fd:
-                os.dup2(opened, fd, inheritable=True)
-                os.close(opened)
-
-
 def raw(settings: list[object]) -> list[object]:
     """Terminal settings as `cfmakeraw` makes them (termios(3))."""
     made = list(settings)

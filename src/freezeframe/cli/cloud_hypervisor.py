@@ -28,6 +28,7 @@ def main() -> int:
     """Run with the process' arguments; the exit status."""
     from freezeframe.cli.cloud_hypervisor_options import COMMAND, check_groups
 
+    _ensure_standard_descriptors()
     os.umask(0o077)  # sockets and files that are made here are for their owner
     arguments = sys.argv[1:]
     if not arguments:
@@ -46,6 +47,15 @@ def main() -> int:
     except (FreezeframeError, OSError) as error:
         print_chain(PROGRAM, chain_messages(error))
         return 1
+
+
+def _ensure_standard_descriptors() -> None:
+    """Opens /dev/null where a standard descriptor is closed, or else the next file opened (a disk!) would become it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
 
 
 class _Process:
@@ -188,6 +198,10 @@ def _catch_signals(vmm: Any) -> None:
 
     for number in (SIGTERM, SIGINT, SIGHUP):
         signal(number, lambda _number, _frame: vmm.request_exit(0))
+    if os.isatty(0):
+        from freezeframe.backends.terminal import terminal
+
+        terminal.watch_signals()
 
 
 if __name__ == "__main__":

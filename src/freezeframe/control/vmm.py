@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from _queue import SimpleQueue
+from _queue import Empty, SimpleQueue
 from _thread import RLock
 
 from freezeframe.control.failures import BAD_REQUEST, NOT_FOUND, NOT_IMPLEMENTED, ActionFailed
@@ -62,7 +62,12 @@ class Vmm:
     def run(self) -> int:
         """Act on notices until the VMM ends; the process' exit status. All machines are closed then."""
         while True:
-            status = self._notices.get()()
+            try:
+                # Bounded: a signal that comes just before the wait is acted on only when it ends.
+                notice = self._notices.get(timeout=1)
+            except Empty:
+                continue
+            status = notice()
             if status is not None:
                 self.close()
                 return status

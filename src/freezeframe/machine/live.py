@@ -112,6 +112,8 @@ class Machine:
             self._state = "paused"
             for device in self._parts.virtual.values():
                 device.pause()
+            for device in self._parts.virtual.values():
+                device.pause()
             # Device work runs on the vCPU thread, between instructions: when that stands, no request is in flight.
             self._parts.backends.sync()
 

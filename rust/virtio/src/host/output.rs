@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Kind, poll, without_blocking};
 
@@ -103,6 +103,24 @@ impl Output {
         inner.paused = false;
         inner.flush();
         self.flush_later(&mut inner);
+    }
+
+    /// Waits until the host has taken everything; gives up when it has taken nothing for `patience`, or when paused. For the end
+    /// of a machine: what a slow reader has not read yet must not die with us.
+    pub fn drain(&self, patience: Duration) {
+        let mut inner = self.lock();
+        let (mut taken, mut since) = (inner.written, Instant::now());
+        while !inner.pending.is_empty() && !inner.paused && since.elapsed() < patience {
+            let Some((fd, _)) = &inner.target else { return };
+            let Ok(fd) = fd.try_clone() else { return };
+            drop(inner);
+            poll([(&fd, libc::POLLOUT)], patience.as_millis().min(100) as i32);
+            inner = self.lock();
+            inner.flush();
+            if inner.written != taken {
+                (taken, since) = (inner.written, Instant::now());
+            }
+        }
     }
 
     /// (bytes passed on, bytes lost because nobody took them)
@@ -209,7 +227,6 @@ mod tests {
     use std::fs::File;
     use std::io::Read;
     use std::os::fd::{AsFd, FromRawFd};
-    use std::time::Duration;
 
     fn pipe() -> (File, File) {
         let mut fds = [0; 2];
@@ -280,6 +297,25 @@ mod tests {
         let mut got = [0; 13];
         reader.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"kept and more");
+    }
+
+    #[test]
+    fn draining_waits_for_a_slow_reader_but_not_for_a_dead_one() {
+        let (mut reader, writer) = pipe();
+        let output = Output::new(Some(writer.as_fd()), 0).unwrap();
+        drop(writer);
+        output.resume();
+        output.write(&[1; 500_000]);
+        output.drain(Duration::from_millis(10));
+        assert!(!output.pending().is_empty());
+        let slow = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all.len()
+        });
+        output.drain(Duration::from_secs(20));
+        drop(output);
+        assert_eq!(slow.join().unwrap(), 500_000);
     }
 
     #[test]
