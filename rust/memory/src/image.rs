@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::digests::{Digest, DigestTable, hash};
 use crate::present::{Scan, touched};
 use crate::region::Region;
-use crate::source::is_zero;
+use crate::source::{MAX_CHUNK, is_zero};
 use crate::{CHUNK_SIZE, GuestMemory, MemoryError, PAGE_SIZE};
 
 /// What was written of one region.
@@ -58,9 +58,23 @@ impl GuestMemory {
     ///
     /// Chunks that a lazily restored machine has never touched are read from their source and verified, not installed.
     pub fn write_region(&self, index: usize, file: &File, threads: usize) -> Result<RegionImage, MemoryError> {
+        self.write_region_in(index, file, threads, CHUNK_SIZE)
+    }
+
+    /// The same with chunks of another size, for measuring. A restored region keeps that of its source.
+    pub fn write_region_in(
+        &self,
+        index: usize,
+        file: &File,
+        threads: usize,
+        chunk_size: u64,
+    ) -> Result<RegionImage, MemoryError> {
+        if !chunk_size.is_power_of_two() || !(PAGE_SIZE..=MAX_CHUNK).contains(&chunk_size) {
+            return Err(MemoryError::Layout(format!("chunk size {chunk_size}")));
+        }
         let region = self.regions().get(index).ok_or_else(|| MemoryError::Layout(format!("there is no region {index}")))?;
         let size = region.layout().size;
-        let chunk_size = region.loader().map_or(CHUNK_SIZE, |loader| loader.source().chunk);
+        let chunk_size = region.loader().map_or(chunk_size, |loader| loader.source().chunk);
         file.set_len(size).map_err(|e| MemoryError::host("cannot set the file's size", e))?;
         let (runs, scan) = touched(region.host(), size);
         let jobs = jobs(region, chunk_size, &runs);

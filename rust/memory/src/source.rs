@@ -37,7 +37,7 @@ const PRESENT: u8 = 1;
 const FAILED: u8 = 2;
 
 /// Largest chunk that we read: each load holds one in a buffer, and the size comes from a file.
-const MAX_CHUNK: u64 = 2 << 20;
+pub(crate) const MAX_CHUNK: u64 = 2 << 20;
 
 /// Loads of different chunks rarely wait for one another.
 const SHARDS: usize = 8;

@@ -35,15 +35,17 @@ pub fn blake3<'py>(py: Python<'py>, data: PyBuffer<u8>) -> PyResult<Bound<'py, P
 /// Gives (chunk size in bytes, bit map of the chunks that are not zero, their BLAKE3 digests, statistics).
 #[pyfunction]
 #[allow(clippy::type_complexity)] // a tuple that Python unpacks at once
+#[pyo3(signature = (memory, index, fd, threads, chunk_size = memory::CHUNK_SIZE))]
 pub fn write_region<'py>(
     py: Python<'py>,
     memory: &Memory,
     index: usize,
     fd: RawFd,
     threads: usize,
+    chunk_size: u64,
 ) -> PyResult<(u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyDict>)> {
     let file = file(fd)?;
-    let image = py.detach(|| memory.memory.write_region(index, &file, threads)).map_err(errors::memory)?;
+    let image = py.detach(|| memory.memory.write_region_in(index, &file, threads, chunk_size)).map_err(errors::memory)?;
     let (present, digests) = image.digests.to_packed();
     let stats = PyDict::new(py);
     stats.set_item("scan", image.stats.scan.name())?;
