@@ -246,7 +246,7 @@ pub fn select(i: &Instruction) -> Option<Handler> {
             rotate(f, 7);
             f.fsw &= !C1;
         }),
-        Fnop => fr!(|_c, _i| ()),
+        Fnop => fr!(|_c, _i| {}),
         _ => return None,
     })
 }

@@ -150,6 +150,12 @@ pub fn st8(c: &mut Core, i: &Insn, v: u8) -> Result<(), Fault> {
     c.store8(a, v)
 }
 
+/// All SIMD exceptions are masked.
+#[inline(always)]
+pub fn masked(c: &Core) -> bool {
+    c.cpu.mxcsr & MXCSR_MASKS == MXCSR_MASKS
+}
+
 /// Runs a floating-point operation under the guest's MXCSR. `judge` is asked when overflow or underflow are not masked, see
 /// `sse_exact`.
 #[inline(always)]

@@ -6,7 +6,7 @@ use super::host::sse as host;
 use super::mmx;
 use super::sse::{float, h, ld32, ld64, ld128, never, x};
 use super::sse_exact as exact;
-use super::sse_float::arith;
+use super::sse_float::{arith, masked, unmasked, unmasked_registers};
 use crate::insn::Handler;
 
 /// GPR = cvt(xmm/m).
@@ -19,8 +19,11 @@ macro_rules! to_gpr {
             })
         } else {
             h!(|c, i| {
-                let b = c.cpu.xmm[x(i, 1)];
-                c.cpu.gpr[x(i, 0)] = float(c, |m| $op(b, m), never)? as u64;
+                let s = x(i, 1);
+                c.cpu.gpr[x(i, 0)] = masked!(c, |m| $op(c.cpu.xmm[s], m), else {
+                    let b = c.cpu.xmm[s];
+                    float(c, |m| $op(b, m), never)?
+                }) as u64;
             })
         }
     };
@@ -31,13 +34,19 @@ macro_rules! from_gpr {
     ($mem:expr, $ld:ident, $ty:ty, $op:path) => {
         if $mem {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], $ld(c, i)?);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), never)?;
+                let (d, b) = (x(i, 0), $ld(c, i)?);
+                masked!(c, |m| c.cpu.xmm[d] = $op(c.cpu.xmm[d], b, m), else {
+                    let a = c.cpu.xmm[d];
+                    c.cpu.xmm[d] = float(c, |m| $op(a, b, m), never)?;
+                });
             })
         } else {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], c.cpu.gpr[x(i, 1)] as $ty);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), never)?;
+                let (d, b) = (x(i, 0), c.cpu.gpr[x(i, 1)] as $ty);
+                masked!(c, |m| c.cpu.xmm[d] = $op(c.cpu.xmm[d], b, m), else {
+                    let a = c.cpu.xmm[d];
+                    c.cpu.xmm[d] = float(c, |m| $op(a, b, m), never)?;
+                });
             })
         }
     };

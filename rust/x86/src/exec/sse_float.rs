@@ -9,18 +9,61 @@ use crate::core::Core;
 use crate::insn::{Fault, Handler, Insn};
 use crate::state::flags;
 
+/// Runs `$op` at once where all exceptions are masked. The other way reads operands and writes the result for itself: kept apart
+/// like this, the common one has them in vector registers.
+macro_rules! masked {
+    ($c:ident, |$m:ident| $op:expr, else $other:expr) => {
+        if $crate::exec::sse::masked($c) {
+            let mut csr = $c.cpu.mxcsr & $crate::exec::sse::MXCSR_MASK;
+            let $m = &mut csr;
+            let r = $op;
+            $c.cpu.mxcsr = csr;
+            r
+        } else {
+            $other
+        }
+    };
+}
+pub(super) use masked;
+
+#[cold]
+#[inline(never)]
+pub fn unmasked(
+    c: &mut Core,
+    d: usize,
+    b: u128,
+    op: fn(u128, u128, &mut u32) -> u128,
+    judge: exact::Judge,
+) -> Result<u128, Fault> {
+    let a = c.cpu.xmm[d];
+    float(c, |m| op(a, b, m), |r, csr| judge(a, b, r, csr))
+}
+
+#[cold]
+#[inline(never)]
+pub fn unmasked_registers(
+    c: &mut Core,
+    d: usize,
+    s: usize,
+    op: fn(u128, u128, &mut u32) -> u128,
+    judge: exact::Judge,
+) -> Result<u128, Fault> {
+    unmasked(c, d, c.cpu.xmm[s], op, judge)
+}
+
 /// `xmm op= xmm/m` with the memory operand read by `$ld`.
 macro_rules! arith {
     ($mem:expr, $ld:ident, $op:path, $judge:path) => {
         if $mem {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], $ld(c, i)? as u128);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), |r, csr| $judge(a, b, r, csr))?;
+                let (d, b) = (x(i, 0), $ld(c, i)? as u128);
+                masked!(c, |m| c.cpu.xmm[d] = $op(c.cpu.xmm[d], b, m), else c.cpu.xmm[d] = unmasked(c, d, b, $op, $judge)?);
             })
         } else {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], c.cpu.xmm[x(i, 1)]);
-                c.cpu.xmm[x(i, 0)] = float(c, |m| $op(a, b, m), |r, csr| $judge(a, b, r, csr))?;
+                let (d, s) = (x(i, 0), x(i, 1));
+                masked!(c, |m| c.cpu.xmm[d] = $op(c.cpu.xmm[d], c.cpu.xmm[s], m),
+                    else c.cpu.xmm[d] = unmasked_registers(c, d, s, $op, $judge)?);
             })
         }
     };
@@ -48,14 +91,20 @@ macro_rules! compare {
     ($mem:expr, $ld:ident, $op:path) => {
         if $mem {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], $ld(c, i)? as u128);
-                let r = float(c, |m| $op(a, b, m), never)?;
+                let (d, b) = (x(i, 0), $ld(c, i)? as u128);
+                let r = masked!(c, |m| $op(c.cpu.xmm[d], b, m), else {
+                    let a = c.cpu.xmm[d];
+                    float(c, |m| $op(a, b, m), never)?
+                });
                 set_flags(c, r);
             })
         } else {
             h!(|c, i| {
-                let (a, b) = (c.cpu.xmm[x(i, 0)], c.cpu.xmm[x(i, 1)]);
-                let r = float(c, |m| $op(a, b, m), never)?;
+                let (d, s) = (x(i, 0), x(i, 1));
+                let r = masked!(c, |m| $op(c.cpu.xmm[d], c.cpu.xmm[s], m), else {
+                    let (a, b) = (c.cpu.xmm[d], c.cpu.xmm[s]);
+                    float(c, |m| $op(a, b, m), never)?
+                });
                 set_flags(c, r);
             })
         }

@@ -8,27 +8,18 @@ use crate::core::Core;
 use crate::insn::{Fault, Handler, Insn};
 
 const LOW32: u128 = 0xffff_ffff;
-const LOW64: u128 = 0xffff_ffff_ffff_ffff;
-
-#[inline(always)]
-fn set_low64(d: &mut u128, v: u64) {
-    *d = *d & !LOW64 | v as u128;
-}
-
-#[inline(always)]
-fn set_high64(d: &mut u128, v: u64) {
-    *d = *d & LOW64 | (v as u128) << 64;
-}
-
-#[inline(always)]
-fn set_low32(d: &mut u128, v: u32) {
-    *d = *d & !LOW32 | v as u128;
-}
 
 /// GPR number of operand `n`.
 #[inline(always)]
 fn g(i: &Insn, n: usize) -> usize {
     (i.r[n] & 15) as usize
+}
+
+/// `xmm = op(xmm, xmm)`.
+macro_rules! merge {
+    ($op:path) => {
+        h!(|c, i| c.cpu.xmm[x(i, 0)] = $op(c.cpu.xmm[x(i, 0)], c.cpu.xmm[x(i, 1)]))
+    };
 }
 
 fn splat2_32(v: u128, odd: u32) -> u128 {
@@ -58,55 +49,45 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         | Movdqa_xmm_xmmm128 | Movups_xmmm128_xmm | Movupd_xmmm128_xmm | Movdqu_xmmm128_xmm | Movaps_xmmm128_xmm
         | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.xmm[x(i, 1)]),
 
-        Movss_xmm_xmmm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld32(c, i)? as u128),
+        Movss_xmm_xmmm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from32(ld32(c, i)?)),
         Movss_xmmm32_xmm if mem => h!(|c, i| st32(c, i, c.cpu.xmm[x(i, 1)] as u32)?),
-        Movss_xmm_xmmm32 | Movss_xmmm32_xmm => h!(|c, i| {
-            let v = c.cpu.xmm[x(i, 1)] as u32;
-            set_low32(&mut c.cpu.xmm[x(i, 0)], v);
-        }),
-        Movsd_xmm_xmmm64 | Movq_xmm_xmmm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld64(c, i)? as u128),
+        Movss_xmm_xmmm32 | Movss_xmmm32_xmm => merge!(host::movss),
+        Movsd_xmm_xmmm64 | Movq_xmm_xmmm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from64(ld64(c, i)?)),
         Movsd_xmmm64_xmm | Movq_xmmm64_xmm | Movlps_m64_xmm | Movlpd_m64_xmm if mem => {
             h!(|c, i| st64(c, i, c.cpu.xmm[x(i, 1)] as u64)?)
         }
-        Movsd_xmm_xmmm64 | Movsd_xmmm64_xmm => h!(|c, i| {
-            let v = c.cpu.xmm[x(i, 1)] as u64;
-            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
-        }),
-        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.xmm[x(i, 1)] & LOW64),
+        Movsd_xmm_xmmm64 | Movsd_xmmm64_xmm => merge!(host::movsd),
+        Movq_xmm_xmmm64 | Movq_xmmm64_xmm => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::movq(0, c.cpu.xmm[x(i, 1)])),
         Movlps_xmm_m64 | Movlpd_xmm_m64 => h!(|c, i| {
-            let v = ld64(c, i)?;
-            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
+            let v = host::from64(ld64(c, i)?);
+            let d = &mut c.cpu.xmm[x(i, 0)];
+            *d = host::movsd(*d, v);
         }),
         Movhps_xmm_m64 | Movhpd_xmm_m64 => h!(|c, i| {
-            let v = ld64(c, i)?;
-            set_high64(&mut c.cpu.xmm[x(i, 0)], v);
+            let v = host::from64(ld64(c, i)?);
+            let d = &mut c.cpu.xmm[x(i, 0)];
+            *d = host::movlhps(*d, v);
         }),
         Movhps_m64_xmm | Movhpd_m64_xmm => h!(|c, i| st64(c, i, (c.cpu.xmm[x(i, 1)] >> 64) as u64)?),
-        Movhlps_xmm_xmm => h!(|c, i| {
-            let v = (c.cpu.xmm[x(i, 1)] >> 64) as u64;
-            set_low64(&mut c.cpu.xmm[x(i, 0)], v);
-        }),
-        Movlhps_xmm_xmm => h!(|c, i| {
-            let v = c.cpu.xmm[x(i, 1)] as u64;
-            set_high64(&mut c.cpu.xmm[x(i, 0)], v);
-        }),
+        Movhlps_xmm_xmm => merge!(host::movhlps),
+        Movlhps_xmm_xmm => merge!(host::movlhps),
         Movddup_xmm_xmmm64 if mem => h!(|c, i| {
-            let v = ld64(c, i)? as u128;
-            c.cpu.xmm[x(i, 0)] = v | v << 64;
+            let v = host::from64(ld64(c, i)?);
+            c.cpu.xmm[x(i, 0)] = host::punpcklqdq(v, v);
         }),
         Movddup_xmm_xmmm64 => h!(|c, i| {
-            let v = c.cpu.xmm[x(i, 1)] & LOW64;
-            c.cpu.xmm[x(i, 0)] = v | v << 64;
+            let v = c.cpu.xmm[x(i, 1)];
+            c.cpu.xmm[x(i, 0)] = host::punpcklqdq(v, v);
         }),
         Movsldup_xmm_xmmm128 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(ld128(c, i)?, 0)),
         Movsldup_xmm_xmmm128 => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(c.cpu.xmm[x(i, 1)], 0)),
         Movshdup_xmm_xmmm128 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(ld128(c, i)?, 1)),
         Movshdup_xmm_xmmm128 => h!(|c, i| c.cpu.xmm[x(i, 0)] = splat2_32(c.cpu.xmm[x(i, 1)], 1)),
 
-        Movd_xmm_rm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld32(c, i)? as u128),
-        Movd_xmm_rm32 => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.gpr[g(i, 1)] as u32 as u128),
-        Movq_xmm_rm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = ld64(c, i)? as u128),
-        Movq_xmm_rm64 => h!(|c, i| c.cpu.xmm[x(i, 0)] = c.cpu.gpr[g(i, 1)] as u128),
+        Movd_xmm_rm32 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from32(ld32(c, i)?)),
+        Movd_xmm_rm32 => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from32(c.cpu.gpr[g(i, 1)] as u32)),
+        Movq_xmm_rm64 if mem => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from64(ld64(c, i)?)),
+        Movq_xmm_rm64 => h!(|c, i| c.cpu.xmm[x(i, 0)] = host::from64(c.cpu.gpr[g(i, 1)])),
         Movd_rm32_xmm if mem => h!(|c, i| st32(c, i, c.cpu.xmm[x(i, 1)] as u32)?),
         Movd_rm32_xmm => h!(|c, i| c.cpu.gpr[g(i, 0)] = c.cpu.xmm[x(i, 1)] as u32 as u64),
         Movq_rm64_xmm if mem => h!(|c, i| st64(c, i, c.cpu.xmm[x(i, 1)] as u64)?),

@@ -41,7 +41,25 @@ ops! {
     packsswb packssdw packuswb
     pshufb phaddw phaddd phaddsw phsubw phsubd phsubsw pmaddubsw pmulhrsw psignb psignw psignd pabsb pabsw pabsd
     pcmpeqq packusdw pmulld pmuldq pminsb pminsd pminuw pminud pmaxsb pmaxsd pmaxuw pmaxud phminposuw
+    movss movsd movhlps movlhps movq
     pmovsxbw pmovsxbd pmovsxbq pmovsxwd pmovsxwq pmovsxdq pmovzxbw pmovzxbd pmovzxbq pmovzxwd pmovzxwq pmovzxdq
+}
+
+/// A value from a general register, upper part zero. (Written as a whole register, so that the next instruction's 16-byte load can
+/// be forwarded from the store.)
+#[inline(always)]
+pub fn from64(v: u64) -> u128 {
+    let x: __m128i;
+    // SAFETY: register to register, no faults or side effects.
+    unsafe {
+        asm!("movq {x}, {r}", x = out(xmm_reg) x, r = in(reg) v, options(pure, nomem, nostack, preserves_flags));
+    }
+    u(x)
+}
+
+#[inline(always)]
+pub fn from32(v: u32) -> u128 {
+    from64(v.into())
 }
 
 macro_rules! mask {
