@@ -175,7 +175,7 @@ impl Cache {
 
     /// Drops everything.
     pub fn clear(&mut self, memory: &GuestMemory) {
-        for (&page, _) in &self.pages {
+        for &page in self.pages.keys() {
             memory.set_code(page, false);
         }
         self.insns.clear();

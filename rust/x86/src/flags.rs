@@ -4,8 +4,7 @@
 //! the carry into it, bit 3 the carry out of bit 3. Bits 8–15 (parity) and 16 (sign) correct what `lf_res` says, so that any
 //! of the 64 combinations can be stored (POPF, SAHF, ZF with SF). All other bits of `lf_aux` are without meaning.
 //!
-//! Undefined flags are what AMD Zen and recent Intel cores do where both agree, else the simplest of the two:
-//! logic clears AF; shifts leave AF clear and OF as for a count of 1; see each handler.
+//! Undefined flags are what AMD Zen does (the profile's vendor), measured with the differential runner; each handler says what.
 
 use crate::state::Cpu;
 use crate::state::flags::*;

@@ -76,6 +76,22 @@ fn xadd_memory<T: Int>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     Ok(Flow::Next)
 }
 
+/// Registers: only one of the two is written, so that the other keeps its upper half.
+fn cmpxchg_register<T: Int>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    let want = T::get(&core.cpu, 0);
+    let old = T::get(&core.cpu, i.r[0]);
+    if old == want {
+        let new = T::get(&core.cpu, i.r[1]);
+        T::set(&mut core.cpu, i.r[0], new);
+    } else {
+        T::set(&mut core.cpu, 0, old);
+    }
+    let (r, aux) = sub(want, old, 0);
+    core.cpu.lf_res = r.sext();
+    core.cpu.lf_aux = aux;
+    Ok(Flow::Next)
+}
+
 /// Writes the place in any case (so it faults as a write); the accumulator only on failure.
 fn cmpxchg<T: Int, D: Place>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let want = T::get(&core.cpu, 0);
@@ -122,6 +138,7 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         N::Not => place!(kind(instr, 0), 0, sized, (size(instr, 0), not)),
         N::Xadd if register => sized!(size(instr, 0), xadd, R<0>),
         N::Xadd => sized!(size(instr, 0), xadd_memory),
+        N::Cmpxchg if register => sized!(size(instr, 0), cmpxchg_register),
         N::Cmpxchg => place!(kind(instr, 0), 0, sized, (size(instr, 0), cmpxchg)),
         N::Crc32 => place!(kind(instr, 1), 1, sized, (size(instr, 1), crc32)),
         N::Popcnt => place!(kind(instr, 1), 1, wide, (size(instr, 0), popcnt)),

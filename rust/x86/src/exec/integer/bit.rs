@@ -2,7 +2,6 @@
 
 use iced_x86::{Instruction, Mnemonic as N};
 
-use super::mov::set_zf;
 use super::operand::{I, Int, Kind, M, Place, R, Source, kind, place, size, wide};
 use crate::core::Core;
 use crate::insn::{AddrSize, Fault, Flow, Handler, Insn};
@@ -48,22 +47,28 @@ fn bit_string<T: Int, const OP: u8>(core: &mut Core, i: &Insn) -> Result<Flow, F
     Ok(Flow::Next)
 }
 
-/// A zero source sets ZF and leaves the destination alone (AMD defines it, Intel does it). Other flags stay as they are.
+/// A zero source sets ZF and leaves the destination alone (AMD defines it, Intel does it). PF follows the result as on Zen,
+/// the other flags are clear.
+#[inline(always)]
+fn scanned<T: Int>(core: &mut Core, i: &Insn, source: u64, position: u32) {
+    use crate::state::flags::{PF, ZF};
+    if source == 0 {
+        core.cpu.set_arith(ZF | PF);
+        return;
+    }
+    T::set(&mut core.cpu, i.r[0], T::of(u64::from(position)));
+    core.cpu.set_arith(if position.count_ones() & 1 == 0 { PF } else { 0 });
+}
+
 fn bsf<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let v: T = S::get(core, i)?;
-    if v.zext() != 0 {
-        T::set(&mut core.cpu, i.r[0], T::of(u64::from(v.zext().trailing_zeros())));
-    }
-    set_zf(core, v.zext() == 0);
+    scanned::<T>(core, i, v.zext(), v.zext().trailing_zeros());
     Ok(Flow::Next)
 }
 
 fn bsr<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let v: T = S::get(core, i)?;
-    if v.zext() != 0 {
-        T::set(&mut core.cpu, i.r[0], T::of(u64::from(63 - v.zext().leading_zeros())));
-    }
-    set_zf(core, v.zext() == 0);
+    scanned::<T>(core, i, v.zext(), v.zext().leading_zeros() ^ 63);
     Ok(Flow::Next)
 }
 

@@ -6,7 +6,7 @@ use super::mov::condition;
 use super::operand::{Int, Kind, M, Place, R, Source, code64, kind, place, size};
 use super::stack::{Legacy, Long, Stack};
 use crate::core::{BR, Core, GP, OF, UD};
-use crate::insn::{Fault, Flow, Handler, Insn};
+use crate::insn::{Fault, Flow, Handler, Insn, REP, REPNE};
 use crate::state::{CodeSize, Cpu, GPR_BLOCK, RCX};
 
 /// Whether condition `CC` (the low four bits of the opcodes) holds.
@@ -92,7 +92,13 @@ fn call<T: Int, K: Stack>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
 
 fn call_indirect<T: Int, K: Stack, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let target: T = S::get(core, i)?;
-    check_target::<T>(core, target.zext())?;
+    if let Err(fault) = check_target::<T>(core, target.zext()) {
+        // The stack is looked at first.
+        let pending = core.fault.take();
+        K::probe(core, T::SIZE)?;
+        core.fault = pending;
+        return Err(fault);
+    }
     let back = next(&core.cpu, i);
     K::push(core, T::of(back))?;
     core.cpu.rip = target.zext();
@@ -129,7 +135,13 @@ fn looping<T: Int, const KIND: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
         }
         left = count(core, i);
     }
-    let go = match KIND {
+    // On AMD a REP prefix decides which way ZF is tested.
+    let kind = match (KIND, i.prefix & (REP | REPNE)) {
+        (1 | 2, REP) => 1,
+        (1 | 2, REPNE) => 2,
+        _ => KIND,
+    };
+    let go = match kind {
         0 => left != 0,
         1 => left != 0 && core.cpu.zf(),
         2 => left != 0 && !core.cpu.zf(),

@@ -1,11 +1,10 @@
 //! MUL IMUL DIV IDIV.
 //!
-//! Undefined: after a multiplication ZF, SF, PF follow the low half of the product and AF is clear (as Intel; AMD documents
-//! nothing); divisions leave the flags as they are.
+//! Undefined, as on Zen: multiplications write CF and OF only; divisions set AF, clear ZF, SF and PF, and keep CF and OF.
 
 use iced_x86::{Instruction, Mnemonic as N};
 
-use super::operand::{I, Int, M, R, Source, aux_cf_of, kind, place, size, sized, wide};
+use super::operand::{I, Int, M, R, Source, kind, place, size, sized, wide};
 use crate::core::{Core, DE};
 use crate::insn::{Fault, Flow, HIGH8, Handler, Insn};
 
@@ -24,9 +23,15 @@ fn set_halves<T: Int>(core: &mut Core, low: u64, high: u64) {
 }
 
 #[inline(always)]
-fn product_flags<T: Int>(core: &mut Core, low: T, overflow: bool) {
-    core.cpu.lf_res = low.sext();
-    core.cpu.lf_aux = aux_cf_of(overflow, overflow);
+fn product_flags(core: &mut Core, overflow: bool) {
+    core.cpu.set_cf_of(overflow, overflow);
+}
+
+#[inline(always)]
+fn division_flags(core: &mut Core) {
+    // A positive result of odd parity.
+    core.cpu.lf_res = 1;
+    core.cpu.lf_aux = core.cpu.lf_aux & 3 << 62 | 8;
 }
 
 fn mul<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
@@ -34,7 +39,7 @@ fn mul<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let product = u128::from(T::get(&core.cpu, 0).zext()) * u128::from(b.zext());
     let (low, high) = (product as u64, (product >> T::BITS) as u64);
     set_halves::<T>(core, low, high);
-    product_flags(core, T::of(low), high != 0);
+    product_flags(core, high != 0);
     Ok(Flow::Next)
 }
 
@@ -44,7 +49,7 @@ fn imul<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let product = i128::from(a.sext() as i64) * i128::from(b.sext() as i64);
     let low = T::of(product as u64);
     set_halves::<T>(core, product as u64, (product >> T::BITS) as u64);
-    product_flags(core, low, i128::from(low.sext() as i64) != product);
+    product_flags(core, i128::from(low.sext() as i64) != product);
     Ok(Flow::Next)
 }
 
@@ -61,7 +66,7 @@ fn imul_into<T: Int, A: Source, B: Source>(core: &mut Core, i: &Insn) -> Result<
         (low, low.sext() as i64 != product)
     };
     T::set(&mut core.cpu, i.r[0], low);
-    product_flags(core, low, overflow);
+    product_flags(core, overflow);
     Ok(Flow::Next)
 }
 
@@ -79,6 +84,7 @@ fn div<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
         ((a / b) as u64, (a % b) as u64)
     };
     set_halves::<T>(core, quotient, rest);
+    division_flags(core);
     Ok(Flow::Next)
 }
 
@@ -96,6 +102,7 @@ fn idiv<T: Int, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
         return Err(core.raise(DE, None));
     }
     set_halves::<T>(core, quotient as u64, rest as u64);
+    division_flags(core);
     Ok(Flow::Next)
 }
 

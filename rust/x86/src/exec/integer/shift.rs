@@ -1,6 +1,7 @@
 //! Shifts, rotates, double shifts.
 //!
-//! Undefined: AF is cleared by shifts; OF for counts above 1 is what a last step by 1 would give.
+//! Undefined, as on Zen: shifts set AF; OF for counts above 1 is what a last step by 1 would give; a 16-bit double shift by more
+//! than 16 takes further bits from the source and clears CF.
 
 use iced_x86::{Instruction, Mnemonic as N, OpKind};
 
@@ -37,6 +38,11 @@ fn top<T: Int>(v: u64) -> bool {
     v >> (T::BITS - 1) & 1 != 0
 }
 
+#[inline(always)]
+fn shifted(cf: bool, of: bool) -> u64 {
+    aux_cf_of(cf, of) | 8
+}
+
 /// A count of 0 still needs write access to the place but leaves flags and a register's upper half... cleared as any 32-bit write.
 fn untouched<T: Int, D: Place>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     D::modify(core, i, |v: T| (v, ()))?;
@@ -52,7 +58,7 @@ fn shl<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
         let wide = u128::from(v.zext()) << n;
         let r = wide as u64;
         let cf = wide >> T::BITS & 1 != 0;
-        (T::of(r), (T::of(r).sext(), aux_cf_of(cf, cf != top::<T>(r))))
+        (T::of(r), (T::of(r).sext(), shifted(cf, cf != top::<T>(r))))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;
@@ -68,7 +74,7 @@ fn shr<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
         let before = v.zext() >> (n - 1);
         let r = before >> 1;
         // For a count of 1 OF is the old sign.
-        (T::of(r), (T::of(r).sext(), aux_cf_of(before & 1 != 0, top::<T>(before))))
+        (T::of(r), (T::of(r).sext(), shifted(before & 1 != 0, top::<T>(before))))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;
@@ -83,7 +89,7 @@ fn sar<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
     let (res, aux) = D::modify(core, i, |v: T| {
         let before = (v.sext() as i64) >> (n - 1);
         let r = (before >> 1) as u64;
-        (T::of(r), (T::of(r).sext(), aux_cf_of(before & 1 != 0, false)))
+        (T::of(r), (T::of(r).sext(), shifted(before & 1 != 0, false)))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;
@@ -124,10 +130,12 @@ fn ror<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
 }
 
 fn rcl<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
-    let n = masked::<T, C>(core, i) % (T::BITS + 1);
+    let n = masked::<T, C>(core, i);
     if n == 0 {
         return untouched::<T, D>(core, i);
     }
+    // A full turn changes nothing but OF.
+    let n = n % (T::BITS + 1);
     let carry = u128::from(core.cpu.cf());
     let (cf, sign) = D::modify(core, i, |v: T| {
         let all = carry << T::BITS | u128::from(v.zext());
@@ -141,10 +149,12 @@ fn rcl<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
 }
 
 fn rcr<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
-    let n = masked::<T, C>(core, i) % (T::BITS + 1);
+    let n = masked::<T, C>(core, i);
     if n == 0 {
         return untouched::<T, D>(core, i);
     }
+    // A full turn changes nothing but OF.
+    let n = n % (T::BITS + 1);
     let carry = u128::from(core.cpu.cf());
     let (cf, of) = D::modify(core, i, |v: T| {
         let all = carry << T::BITS | u128::from(v.zext());
@@ -157,7 +167,6 @@ fn rcr<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
     Ok(Flow::Next)
 }
 
-/// A 16-bit double shift by more than 16 is undefined; as on AMD the source is shifted in again.
 fn shld<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let n = masked::<T, C>(core, i);
     if n == 0 {
@@ -168,13 +177,13 @@ fn shld<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, F
         let old = v.zext();
         let (r, cf) = if T::BITS == 16 {
             let all = old << 32 | low << 16 | low;
-            ((all << n >> 32) as u16 as u64, all >> (48 - n) & 1 != 0)
+            ((all << n >> 32) as u16 as u64, n <= 16 && all >> (48 - n) & 1 != 0)
         } else {
             let all = u128::from(old) << T::BITS | u128::from(low);
             ((all << n >> T::BITS) as u64, old >> (T::BITS - n) & 1 != 0)
         };
         let r = T::of(r);
-        (r, (r.sext(), aux_cf_of(cf, top::<T>(r.zext()) != cf)))
+        (r, (r.sext(), shifted(cf, (T::BITS != 16 || n <= 16) && top::<T>(r.zext()) != cf)))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;
@@ -191,13 +200,13 @@ fn shrd<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, F
         let old = v.zext();
         let (r, cf) = if T::BITS == 16 {
             let all = high << 32 | high << 16 | old;
-            ((all >> n) as u16 as u64, all >> (n - 1) & 1 != 0)
+            ((all >> n) as u16 as u64, n <= 16 && all >> (n - 1) & 1 != 0)
         } else {
             let all = u128::from(high) << T::BITS | u128::from(old);
             ((all >> n) as u64, old >> (n - 1) & 1 != 0)
         };
         let r = T::of(r);
-        (r, (r.sext(), aux_cf_of(cf, (r.zext() >> (T::BITS - 1) ^ r.zext() >> (T::BITS - 2)) & 1 != 0)))
+        (r, (r.sext(), shifted(cf, (r.zext() >> (T::BITS - 1) ^ r.zext() >> (T::BITS - 2)) & 1 != 0)))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;

@@ -14,6 +14,8 @@ pub trait Stack {
     fn push<T: Int>(core: &mut Core, v: T) -> Result<(), Fault>;
     /// Reads at `skip` bytes above the top.
     fn top<T: Int>(core: &mut Core, skip: u64) -> Result<T, Fault>;
+    /// Faults where a push of `len` bytes would.
+    fn probe(core: &mut Core, len: u64) -> Result<(), Fault>;
     /// Moves the top up.
     fn release(core: &mut Core, bytes: u64);
 }
@@ -43,6 +45,9 @@ impl Stack for Long {
     #[inline(always)]
     fn top<T: Int>(core: &mut Core, skip: u64) -> Result<T, Fault> {
         core.load(core.cpu.gpr[RSP].wrapping_add(skip)).map_err(|f| stack_fault(core, f))
+    }
+    fn probe(core: &mut Core, len: u64) -> Result<(), Fault> {
+        core.probe_write(core.cpu.gpr[RSP].wrapping_sub(len), len).map_err(|f| stack_fault(core, f))
     }
     #[inline(always)]
     fn release(core: &mut Core, bytes: u64) {
@@ -83,6 +88,11 @@ impl Stack for Legacy {
         let at = Self::linear(core, top, T::SIZE)?;
         core.load(at)
     }
+    fn probe(core: &mut Core, len: u64) -> Result<(), Fault> {
+        let top = core.cpu.gpr[RSP].wrapping_sub(len) & mask(core);
+        let at = Self::linear(core, top, len)?;
+        core.probe_write(at, len)
+    }
     fn release(core: &mut Core, bytes: u64) {
         let sp = core.cpu.gpr[RSP].wrapping_add(bytes);
         set_sp(core, sp);
@@ -95,21 +105,10 @@ fn push<T: Int, K: Stack, S: Source>(core: &mut Core, i: &Insn) -> Result<Flow, 
     Ok(Flow::Next)
 }
 
-/// A segment register: the selector, zero-extended; like recent CPUs only 16 bits are stored by the 32-bit form.
+/// A segment register: the selector, zero-extended as AMD does it.
 fn push_segment<T: Int, K: Stack>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let v = core.cpu.seg[usize::from(i.r[0]) % 6].selector;
-    if T::SIZE == 4 {
-        let old: u32 = {
-            let sp = core.cpu.gpr[RSP];
-            K::release(core, 0u64.wrapping_sub(4));
-            let old = K::top::<u32>(core, 0);
-            core.cpu.gpr[RSP] = sp;
-            old?
-        };
-        K::push(core, old & !0xffff | u32::from(v))?;
-    } else {
-        K::push(core, T::of(u64::from(v)))?;
-    }
+    K::push(core, T::of(u64::from(v)))?;
     Ok(Flow::Next)
 }
 
@@ -201,10 +200,9 @@ fn enter_steps<T: Int, K: Stack>(core: &mut Core, size: u64, level: u64) -> Resu
     }
     K::release(core, 0u64.wrapping_sub(size));
     // The processor checks that the new top could be written.
-    let old: T = K::top(core, 0)?;
     let sp = core.cpu.gpr[RSP];
     K::release(core, T::SIZE);
-    K::push(core, old)?;
+    K::probe(core, T::SIZE)?;
     core.cpu.gpr[RSP] = sp;
     T::set(&mut core.cpu, RBP as u8, T::of(frame));
     Ok(())

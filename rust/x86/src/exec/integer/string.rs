@@ -172,8 +172,9 @@ impl Str for Cmps {
     const COMPARES: bool = true;
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
-        let a: T = core.load(source(core, i))?;
+        // Silicon looks at ES:rDI first.
         let b: T = core.load(target(core, i))?;
+        let a: T = core.load(source(core, i))?;
         compare(core, a, b);
         advance::<T>(core, i, RSI, 1);
         advance::<T>(core, i, RDI, 1);
