@@ -76,7 +76,7 @@ impl Ours {
         load(&mut self.core.cpu, case);
         self.core.refresh();
         let mut exit = self.core.run(&mut self.cache, BUDGET);
-        if matches!(exit, RunExit::Pause) {
+        while matches!(exit, RunExit::Pause) {
             exit = self.core.run(&mut self.cache, BUDGET);
         }
         self.write(CODE_PHYS + at, &[INT3; 16][..len]);

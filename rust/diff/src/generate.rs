@@ -32,6 +32,9 @@ pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32) -> Option<Case> {
     let mut build = Build { rng, bits, form, state: State::default(), data: Box::new([0; DATA_LEN]), style: Style::Integer };
     build.fill();
     build.operands()?;
+    if bits == 32 {
+        build.state.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
+    }
     let Build { form, state, data, .. } = build;
     Some(Case { number, code, bytes: form.bytes, bits, state: State { rip: ip, ..state }, data })
 }

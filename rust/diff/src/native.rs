@@ -190,6 +190,11 @@ impl Native {
             libc::close(code_fd);
             libc::close(data_fd);
             ptr::write_bytes(code, INT3, CODE_LEN);
+            // Present from the start: a page that the kernel has yet to map faults with another error code.
+            for page in (CODE..CODE + CODE_LEN as u64).chain(DATA..DATA + DATA_LEN as u64).step_by(4096) {
+                ptr::read_volatile(page as *const u8);
+            }
+            ptr::write_bytes(DATA as *mut u8, 0, (READ_ONLY - DATA) as usize);
 
             let stack = map(0, ALT_STACK, libc::PROT_READ | libc::PROT_WRITE, -1).cast::<libc::c_void>();
             let alt = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: ALT_STACK };

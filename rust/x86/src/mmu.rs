@@ -213,7 +213,6 @@ impl Core {
 
     fn probe(&mut self, lin: u64, len: u64, kind: Kind, rights: Rights) -> Result<(), Fault> {
         self.canonical_end(lin, len.max(1))?;
-        self.whole(lin, len.max(1))?;
         let mut at = lin;
         let last = self.wrap(lin.wrapping_add(len.max(1) - 1));
         loop {
@@ -278,16 +277,6 @@ impl Core {
         if self.cpu.long_mode() { lin } else { lin & 0xffff_ffff }
     }
 
-    /// A range that leaves the canonical addresses faults for that before its pages are looked at.
-    fn whole(&mut self, lin: u64, len: u64) -> Result<(), Fault> {
-        let canonical = |a: u64| (a as i64) << 16 >> 16 == a as i64;
-        if self.cpu.long_mode() && !(canonical(lin) && canonical(lin.wrapping_add(len - 1))) {
-            self.noncanonical = true;
-            return Err(self.raise(GP, Some(0)));
-        }
-        Ok(())
-    }
-
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
@@ -297,7 +286,6 @@ impl Core {
             return self.phys_load(phys, len);
         }
         self.canonical_end(lin, len)?;
-        self.whole(lin, len)?;
         let a = self.translate(lin, Kind::Read, rights)?;
         let b = self.translate(self.wrap(lin.wrapping_add(first)), Kind::Read, rights)?;
         let low = self.phys_load(a, first)?;
@@ -314,7 +302,6 @@ impl Core {
             return self.phys_store(phys, len, v);
         }
         self.canonical_end(lin, len)?;
-        self.whole(lin, len)?;
         let a = self.translate(lin, Kind::Write, rights)?;
         let b = self.translate(self.wrap(lin.wrapping_add(first)), Kind::Write, rights)?;
         // Damaged memory must stop the store before its first byte.

@@ -227,6 +227,13 @@ pub fn wbinvd(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     Ok(Flow::Next)
 }
 
+/// CLFLUSH: no caches here; faults as a load of the byte would.
+pub fn clflush(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    let at = core.ea(i);
+    core.probe_read(at, 1)?;
+    Ok(Flow::Next)
+}
+
 pub fn hlt(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     core.privileged()?;
     core.cpu.activity = Activity::Halted;

@@ -37,6 +37,7 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         M::Clts => control::clts,
         M::Invlpg => control::invlpg,
         M::Wbinvd | M::Invd => control::wbinvd,
+        M::Clflush => control::clflush,
         M::Hlt => control::hlt,
         M::Rdtsc => control::rdtsc,
         M::Rdtscp => control::rdtscp,

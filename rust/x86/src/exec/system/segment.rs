@@ -79,10 +79,9 @@ fn mov_to_memory(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
 
 fn push<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let sp = core.cpu.gpr[RSP].wrapping_sub(u64::from(SIZE));
-    // A 32-bit push of a segment register writes 16 bits only; the wider one zero-extends.
-    let width = if SIZE == 4 { 2 } else { SIZE };
+    // Zero-extended (AMD; Intel's 32-bit form stores 16 bits only).
     let value = u64::from(core.cpu.seg[usize::from(i.r[0] % 6)].selector);
-    core.poke_stack(sp, width, value)?;
+    core.poke_stack(sp, SIZE, value)?;
     core.set_stack_pointer(sp);
     Ok(Flow::Next)
 }
@@ -291,7 +290,12 @@ fn arpl<const MEM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let rpl = core.cpu.r16(i.r[1]) & 3;
     let adjust = |old: u16| if old & 3 < rpl { (old & !3 | rpl, true) } else { (old, false) };
     let changed = if MEM {
-        core.modify(core.ea(i), adjust)?
+        let at = core.ea(i);
+        let (new, changed) = adjust(core.load16(at)?);
+        if changed {
+            core.store16(at, new)?;
+        }
+        changed
     } else {
         let (new, changed) = adjust(core.cpu.r16(i.r[0]));
         core.cpu.set_r16(i.r[0], new);
