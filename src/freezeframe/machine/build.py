@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from freezeframe import _core
-from freezeframe.boot import layout
 from freezeframe.devices import saved
 from freezeframe.errors import Incompatible, Refused
 from freezeframe.machine import engine as engines
@@ -12,6 +11,7 @@ from freezeframe.machine.backends import Backends
 from freezeframe.machine.disk_check import check as check_disks
 from freezeframe.machine.live import Machine
 from freezeframe.machine.parts import ROWS, Parts, States, component_ids
+from freezeframe.startup import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def build_for_boot(
     machine is to begin anew; disks and consoles are not opened again then, and stay open when this raises. What is
     opened here is closed when it raises.
     """
-    from freezeframe.boot import acpi, entry, loader
+    from freezeframe.startup import acpi, entry, loader
 
     report = engines.choose(engine)
     config = config.with_device_ids()

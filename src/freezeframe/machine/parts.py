@@ -9,11 +9,11 @@ import os
 
 from freezeframe import _core
 from freezeframe.backends.entropy import open_entropy
-from freezeframe.boot import layout
 from freezeframe.devices import cmos, legacy
 from freezeframe.devices.pci import bus as pci_bus
 from freezeframe.devices.pci import virtio as pci_virtio
 from freezeframe.machine.backends import CONSOLE, SERIAL
+from freezeframe.startup import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -245,7 +245,28 @@ def test_events(tmp_path):
     assert list(events[0]) == ["timestamp", "source", "event", "properties"]
     assert list(events[0]["timestamp"]) == ["secs", "nanos"]
     assert [event["event"] for event in events] == (
-        ["starting", "booting", "booted", "pausing", "paused", "snapshotting", "snapshotted", "resuming", "resumed", "rebooting", "rebooted", "shutdown", "deleted", "restoring", "restored", "resuming", "resumed", "shutdown", "deleted", "shutdown"]
+        [
+            "starting",
+            "booting",
+            "booted",
+            "pausing",
+            "paused",
+            "snapshotting",
+            "snapshotted",
+            "resuming",
+            "resumed",
+            "rebooting",
+            "rebooted",
+            "shutdown",
+            "deleted",
+            "restoring",
+            "restored",
+            "resuming",
+            "resumed",
+            "shutdown",
+            "deleted",
+            "shutdown",
+        ]
     )
     assert [event["source"] for event in events] == ["vmm", *["vm"] * (len(events) - 2), "vmm"]
 

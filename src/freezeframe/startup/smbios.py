@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from freezeframe.boot import layout
+from freezeframe.startup import layout
 
 MANUFACTURER = "Cloud Hypervisor"
 PRODUCT = "cloud-hypervisor"

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from freezeframe.boot import acpi, aml, layout
+from freezeframe.startup import acpi, aml, layout
 
 MAP = layout.address_map(4 << 30, 46)
 PLATFORM = acpi.Platform(MAP, (0, 1, 254, 255, 300), serial=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import struct
 
-from freezeframe.boot import smbios
+from freezeframe.startup import smbios
 
 
 def test_entry_point_finds_three_structures():

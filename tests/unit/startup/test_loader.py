@@ -5,8 +5,8 @@ import struct
 import pytest
 
 from freezeframe import _core
-from freezeframe.boot import acpi, layout, loader
 from freezeframe.errors import NotFound, Refused
+from freezeframe.startup import acpi, layout, loader
 
 MIB = 1 << 20
 MAP = layout.address_map(64 * MIB, 46)

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from freezeframe.boot import layout
+from freezeframe.startup import layout
 
 if TYPE_CHECKING:
     from freezeframe._core import Memory

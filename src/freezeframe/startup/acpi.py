@@ -10,12 +10,12 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from freezeframe.boot import aml, layout
+from freezeframe.startup import aml, layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from freezeframe.boot.layout import AddressMap
+    from freezeframe.startup.layout import AddressMap
 
 OEM_ID = b"CLOUDH"
 # HW_REDUCED_ACPI, RESET_REG_SUP, TMR_VAL_EXT (table 5.10)

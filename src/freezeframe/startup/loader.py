@@ -7,15 +7,15 @@ import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from freezeframe.boot import acpi, bzimage, elf, layout, smbios
-from freezeframe.boot.entry import write_tables
-from freezeframe.boot.files import BootFile
 from freezeframe.errors import Refused
+from freezeframe.startup import acpi, bzimage, elf, layout, smbios
+from freezeframe.startup.entry import write_tables
+from freezeframe.startup.files import BootFile
 
 if TYPE_CHECKING:
     from freezeframe._core import Memory
-    from freezeframe.boot.acpi import Platform
-    from freezeframe.boot.entry import Entry
+    from freezeframe.startup.acpi import Platform
+    from freezeframe.startup.entry import Entry
 
 PathLike = str | os.PathLike[str]
 

@@ -6,13 +6,13 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from freezeframe.boot import layout
-from freezeframe.boot.entry import Entry
 from freezeframe.errors import Refused
+from freezeframe.startup import layout
+from freezeframe.startup.entry import Entry
 
 if TYPE_CHECKING:
     from freezeframe._core import Memory
-    from freezeframe.boot.files import BootFile
+    from freezeframe.startup.files import BootFile
 
 HEADER = 0x1F1
 HEADER_MAGIC = b"HdrS"

@@ -1,0 +1,192 @@
+"""The commands as processes, with a tiny guest that counts: the trip, signals, sockets, exit statuses, events."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import time
+
+import pytest
+
+from freezeframe.client import Connection
+from freezeframe.testing.guests import tick
+from freezeframe.testing.process import Vmm
+
+pytestmark = pytest.mark.guest
+
+DEADLINE = 60.0
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernel") / "tick.elf"
+    path.write_bytes(tick(size=0x4000, spin=20_000))
+    return path
+
+
+def machine(kernel) -> list[str]:
+    return ["--kernel", str(kernel), "--memory", "size=64M", "--console", "off", "--serial", "tty"]
+
+
+def ticks(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^T (\d+)\n", text, re.MULTILINE)]
+
+
+@pytest.fixture
+def vmm(kernel, tmp_path):
+    with Vmm(machine(kernel), socket=tmp_path / "s.sock") as vmm:
+        vmm.console.expect(r"^T 3$")
+        yield vmm
+
+
+def snapshot(vmm: Vmm, directory) -> None:
+    directory.mkdir()
+    vmm.remote("pause")
+    assert vmm.remote("snapshot", f"file://{directory}").stdout == ""
+
+
+def test_the_trip_from_the_command_line(vmm, tmp_path):
+    snapshot(vmm, tmp_path / "one")
+    vmm.kill()
+    before = ticks(vmm.console.text)
+    assert sorted(os.listdir(tmp_path / "one")) == ["memory-region-0", "vm.json"]
+    assert {stat.S_IMODE(os.stat(tmp_path / "one" / name).st_mode) for name in os.listdir(tmp_path / "one")} == {0o600}
+    restored = Vmm(["--restore", f"source_url=file://{tmp_path}/one"], socket=tmp_path / "s.sock")
+    with restored:
+        restored.wait_ready()
+        assert json.loads(restored.remote("info").stdout)["state"] == "Paused"
+        assert restored.console.text == ""
+        restored.remote("resume")
+        restored.console.expect(rf"T {before[-1] + 5}\n")
+        snapshot(restored, tmp_path / "two")
+        assert restored.remote("shutdown-vmm").stdout == "\n"
+        assert restored.wait() == 0
+        assert not (tmp_path / "s.sock").exists()
+    # Nothing was printed twice, nothing is missing: the two consoles are one sequence.
+    sequence = re.findall(r"T (\d+)\n", vmm.console.text + restored.console.text)
+    assert [int(number) for number in sequence] == list(range(1, len(sequence) + 1))
+    with Vmm([], socket=tmp_path / "s.sock") as empty:
+        while not (tmp_path / "s.sock").exists():
+            time.sleep(0.001)
+        empty.remote("restore", f"source_url=file://{tmp_path}/two")
+        empty.remote("resume")
+        empty.console.expect(rf"T {int(sequence[-1]) + 5}\n")
+        assert "BAD" not in empty.console.text
+
+
+def test_the_command_line_answers_only_when_the_machine_exists(vmm, tmp_path):
+    snapshot(vmm, tmp_path / "one")
+    with Vmm(["--restore", f"source_url=file://{tmp_path}/one"], socket=tmp_path / "two.sock") as restored:
+        end = time.monotonic() + DEADLINE
+        while True:
+            try:
+                client = Connection(str(tmp_path / "two.sock"), timeout=DEADLINE)
+                break
+            except OSError:
+                assert time.monotonic() < end
+        with client:
+            assert client.get("vm.info").json()["state"] == "Paused"
+        assert restored.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_it_with_0(vmm, tmp_path, number):
+    os.kill(vmm.process.pid, number)
+    assert vmm.wait() == 0
+    assert vmm.errors.text == ""
+    assert not (tmp_path / "s.sock").exists()
+
+
+def test_a_second_vmm_on_the_socket(vmm, tmp_path):
+    with Vmm([], socket=tmp_path / "s.sock") as second:
+        assert second.wait() == 1
+        second.errors.expect(
+            r"^Error: Cloud Hypervisor exited with the following chain of errors:\n"
+            r"  0: Failed to start the VMM thread\n"
+            r'  1: API socket ".*s\.sock" is already in use by another running instance\n'
+            rf"  2: it belongs to process {vmm.process.pid} .*choose another --api-socket"
+        )
+    assert json.loads(vmm.remote("ping").stdout)["pid"] == vmm.process.pid
+
+
+def test_a_socket_left_by_kill_9_is_replaced(vmm, tmp_path):
+    vmm.kill()
+    assert (tmp_path / "s.sock").exists()
+    with Vmm([], socket=tmp_path / "s.sock") as second:
+        end = time.monotonic() + DEADLINE
+        while second.remote("ping", check=False).returncode != 0:
+            assert time.monotonic() < end
+        assert json.loads(second.remote("ping").stdout)["pid"] == second.process.pid
+
+
+def test_errors_of_ch_remote(vmm, tmp_path):
+    failed = vmm.remote("resume", check=False)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == (
+        "Error: ch-remote exited with the following chain of errors:\n  0: http client error\n"
+        "  1: Server responded with InternalServerError\n  2: Error from API\n  3: The VM could not resume\n"
+        "  4: Cannot resume VM\n  5: Failed to resume migratable component\n"
+        "  6: Invalid transition: InvalidStateTransition(Running, Running)\n"
+    )
+    refused = vmm.remote("add-disk", "path=x", check=False)
+    assert "Server responded with NotImplemented" in refused.stderr
+    assert "vm.add-disk is not supported by this VMM" in refused.stderr
+
+
+def test_create_and_boot_over_the_socket(kernel, tmp_path):
+    config = tmp_path / "vm.json"
+    config.write_text(
+        json.dumps(
+            {
+                "payload": {"kernel": str(kernel)},
+                "memory": {"size": 64 << 20},
+                "console": {"mode": "Off"},
+                "serial": {"mode": "Tty"},
+            }
+        )
+    )
+    with Vmm([], socket=tmp_path / "s.sock") as vmm:
+        end = time.monotonic() + DEADLINE
+        while vmm.remote("ping", check=False).returncode != 0:
+            assert time.monotonic() < end
+        vmm.remote("create", str(config))
+        vmm.remote("boot")
+        vmm.console.expect(r"^T 3$")
+        mark = vmm.console.mark()
+        vmm.remote("reboot")
+        vmm.console.expect(r"READY\nT 1\nT 2", since=mark)
+        vmm.remote("delete")
+        assert vmm.remote("info", check=False).returncode == 1
+
+
+def test_events_of_a_restore(vmm, tmp_path):
+    snapshot(vmm, tmp_path / "one")
+    vmm.kill()
+    argv = ["--restore", f"source_url=file://{tmp_path}/one,resume=on", "--event-monitor", f"path={tmp_path}/events"]
+    with Vmm(argv, socket=tmp_path / "s.sock") as restored:
+        restored.console.expect(r"T \d+\n")
+        os.kill(restored.process.pid, signal.SIGTERM)
+        assert restored.wait() == 0
+    events = [json.loads(part)["event"] for part in (tmp_path / "events").read_text().strip().split("\n\n")]
+    assert events[:5] == ["starting", "restoring", "restored", "resuming", "resumed"]
+
+
+def test_a_damaged_chunk_ends_the_vmm_with_1(vmm, tmp_path):
+    snapshot(vmm, tmp_path / "one")
+    vmm.kill()
+    path = tmp_path / "one" / "memory-region-0"
+    with open(path, "r+b") as file:
+        file.seek(0x40_0100)  # in the memory that the guest checks each round
+        byte = file.read(1)
+        file.seek(0x40_0100)
+        file.write(bytes([byte[0] ^ 1]))
+    with Vmm(["--restore", f"source_url=file://{tmp_path}/one"], socket=tmp_path / "s.sock") as restored:
+        restored.wait_ready()
+        restored.remote("resume")
+        assert restored.wait() == 1
+        restored.errors.expect(r"memory-region-0.*chunk")
+        assert "BAD" not in restored.console.text
+    assert not (tmp_path / "s.sock").exists()

@@ -1,0 +1,85 @@
+"""Machines in a Python program: the example of the package's documentation, and what it does not show."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+import freezeframe as ff
+from freezeframe.errors import Busy, Damaged, DeadlineExceeded, InvalidState, NotFound, Refused
+from freezeframe.testing.guests import tick
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernel") / "tick.elf"
+    path.write_bytes(tick(size=0x4000, spin=20_000))
+    return path
+
+
+def test_the_documentations_example(kernel, tmp_path):
+    names = {"KERNEL": str(kernel), "DIRECTORY": str(tmp_path / "snapshot")}
+    failures, tests = doctest.testmod(ff, extraglobs=names, verbose=False)
+    assert (failures, tests > 3) == (0, True)
+
+
+def test_names():
+    assert set(ff.__all__) >= {"boot", "restore", "Machine", "Snapshot", "Console"}
+    for name in ff.__all__:
+        assert getattr(ff, name) is not None
+    with pytest.raises(AttributeError):
+        _ = ff.nope
+
+
+def test_states(kernel, tmp_path):
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        assert vm.state == "running"
+        assert vm.engine.name == "software"
+        vm.serial.expect(r"T 2\n")
+        with pytest.raises(InvalidState):
+            vm.resume()
+        vm.pause()
+        with pytest.raises(InvalidState):
+            vm.pause()
+        kept = vm.snapshot(tmp_path / "s")
+        assert vm.state == "paused"
+        with pytest.raises(Busy):
+            vm.snapshot(tmp_path / "s")
+        vm.serial.read()
+        with pytest.raises(DeadlineExceeded):
+            vm.serial.expect("T", timeout=0.2)
+        vm.resume()
+        vm.serial.expect(r"T \d+\n")
+    assert vm.state == "stopped"
+    assert repr(vm) == "<Machine stopped>"
+    with pytest.raises(InvalidState):
+        vm.pause()
+    with kept.restore(resume=False, memory="copy", clock="freeze") as first, kept.restore() as second:
+        assert first.state == "paused"
+        assert second.state == "running"
+        second.serial.expect(r"T \d+\n")
+        first.stop()
+        assert first.state == "stopped"
+
+
+def test_errors(kernel, tmp_path):
+    with pytest.raises(NotFound):
+        ff.boot(kernel=tmp_path / "none")
+    with pytest.raises(Refused):
+        ff.boot(kernel=kernel, memory="5 parsecs")
+    with pytest.raises(Refused):
+        ff.boot()
+    with pytest.raises(InvalidState, match="Destination is not a directory"):
+        ff.restore(tmp_path / "none")
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        kept = vm.snapshot(tmp_path / "s")
+        with pytest.raises(FileNotFoundError):
+            vm.snapshot(tmp_path / "no" / "parent")
+    with open(tmp_path / "s" / "vm.json", "r+b") as file:
+        file.seek(500)
+        file.write(b"#")
+    with pytest.raises(Damaged):
+        kept.restore()
