@@ -83,3 +83,18 @@ def test_errors(kernel, tmp_path):
         file.write(b"#")
     with pytest.raises(Damaged):
         kept.restore()
+
+
+def test_a_machine_that_cannot_go_on(kernel, tmp_path):
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        vm.serial.expect(r"T 2\n")
+        kept = vm.snapshot(tmp_path / "s")
+    with open(tmp_path / "s" / "memory-region-0", "r+b") as file:
+        file.seek(0x40_0100)
+        byte = file.read(1)
+        file.seek(0x40_0100)
+        file.write(bytes([byte[0] ^ 1]))
+    with kept.restore() as vm:
+        with pytest.raises(Damaged, match=r"memory-region-0.*chunk"):
+            vm.wait(30)
+        assert vm.state == "stopped"

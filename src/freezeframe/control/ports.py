@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal, Protocol
 
     from freezeframe.config import RestoreConfig, VmConfig
+    from freezeframe.errors import FreezeframeError
 
     class EngineReport(Protocol):
         """Which CPU engine runs a machine, and why that one."""
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
         def reason(self) -> str: ...
 
     class StopReason(Protocol):
-        """Why the vCPUs stopped by themselves: `poweroff`, `reset`, or `failed` with a message."""
+        """Why the vCPUs stopped by themselves: `poweroff`, `reset`, or `failed` with an error."""
 
-        kind: str
-        message: str | None
+        @property
+        def kind(self) -> Literal["poweroff", "reset", "failed"]: ...
+        @property
+        def error(self) -> FreezeframeError | None: ...
 
     class Machine(Protocol):
         """A live machine, built paused. (A backend only ever gets machines that it made.)

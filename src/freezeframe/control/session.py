@@ -10,7 +10,6 @@ from freezeframe.control.live import LiveBackend
 from freezeframe.control.vmm import Vmm
 from freezeframe.errors import (
     DeadlineExceeded,
-    EngineError,
     FreezeframeError,
     InvalidState,
     IoFailed,
@@ -214,11 +213,16 @@ class Machine:
         _do(self._vmm.power_button)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the guest has powered off. `EngineError` when it was stopped, `DeadlineExceeded` after `timeout` s."""
+        """Until the guest has powered off.
+
+        `EngineError` or `Damaged` when it could not go on, `DeadlineExceeded` after `timeout` seconds.
+        """
         if not self._ended.wait(timeout):
             raise DeadlineExceeded(f"the machine did not stop within {timeout} seconds")
+        if self._vmm.failure is not None:
+            raise self._vmm.failure
         if self._status:
-            raise EngineError("\n".join(self._reports) or "the machine was stopped")
+            raise FreezeframeError("\n".join(self._reports) or "the machine was stopped")
 
     def stop(self, timeout: float | None = 10) -> None:
         """Press the power button, wait, and end the machine when it has not powered off by then."""

@@ -13,7 +13,7 @@ from _queue import Empty, SimpleQueue
 from _thread import RLock
 
 from freezeframe.control.failures import BAD_REQUEST, NOT_FOUND, NOT_IMPLEMENTED, ActionFailed
-from freezeframe.errors import FreezeframeError, NotSupported
+from freezeframe.errors import EngineError, FreezeframeError, NotSupported, chain_messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Vmm:
         self._config: VmConfig | None = None
         self._machine: Machine | None = None
         self._source: dict[str, Any] | None = None
+        # Why the machine could not go on, once that has ended the VMM.
+        self.failure: FreezeframeError | None = None
         self.emit("vmm", "starting")
 
     # The loop.
@@ -330,8 +332,8 @@ class Vmm:
             if reason.kind == "reset":
                 return self._reset()
             if reason.kind == "failed":
-                message = reason.message or "the CPU engine stopped without saying why"
-                self._report(describe("The VM was stopped because it cannot go on", [message]))
+                self.failure = reason.error or EngineError("the CPU engine stopped without saying why")
+                self._report(describe("The VM was stopped because it cannot go on", chain_messages(self.failure)))
                 self.delete()
                 return 1
             if self._no_shutdown:

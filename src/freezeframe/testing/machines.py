@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from freezeframe.config import RestoreConfig, VmConfig
 
+    Kind = Literal["poweroff", "reset", "failed"]
+
 
 class FakeEngine:
     name = "fake"
@@ -22,9 +24,9 @@ class FakeEngine:
 class FakeStop:
     """What a machine hands to `on_stop`."""
 
-    def __init__(self, kind: str, message: str | None = None) -> None:
-        self.kind = kind
-        self.message = message
+    def __init__(self, kind: Kind, error: FreezeframeError | None = None) -> None:
+        self.kind: Kind = kind
+        self.error = error
 
 
 def _ignore(_reason: object) -> None:
@@ -60,10 +62,10 @@ class FakeMachine:
     def close(self) -> None:
         self.closed = True
 
-    def stop(self, kind: str, message: str | None = None) -> None:
+    def stop(self, kind: Kind, error: FreezeframeError | None = None) -> None:
         """What the vCPU thread does when the guest, or the engine, ends."""
         self.state = "shutdown"
-        self.on_stop(FakeStop(kind, message))
+        self.on_stop(FakeStop(kind, error))
 
     def _maybe_fail(self) -> None:
         if self.fail is not None:

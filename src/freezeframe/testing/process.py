@@ -41,7 +41,8 @@ class Console:
         self._arrivals: list[tuple[int, float]] = []
         self._ended = False
         self._changed = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         while True:
@@ -61,6 +62,10 @@ class Console:
                 self._changed.notify_all()
             if not chunk:
                 return
+
+    def join(self) -> None:
+        """Until the output has ended."""
+        self._reader.join(DEADLINE_S)
 
     @property
     def text(self) -> str:
@@ -154,4 +159,8 @@ class Vmm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.process.poll() is None:
             self.kill()
-        self._stdin.close()
+        self.console.join()
+        self.errors.join()
+        for pipe in (self._stdin, self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()

@@ -110,7 +110,7 @@ def test_a_reset_that_cannot_boot_ends_the_vmm_with_1():
 def test_an_engine_that_cannot_go_on_ends_the_vmm_with_1():
     running = Running()
     booted(running)
-    running.backend.machine.stop("failed", "memory-region-0: chunk 17 is damaged")
+    running.backend.machine.stop("failed", Damaged("memory-region-0: chunk 17 is damaged"))
     assert running.ended() == 1
     assert "memory-region-0: chunk 17 is damaged" in running.reports[0]
     assert running.backend.machine.closed
@@ -122,7 +122,7 @@ def test_the_end_of_a_machine_that_is_gone_is_nobodys_business(running):
     notify = old.on_stop
     running.vmm.delete()
     booted(running)
-    notify(type("Stop", (), {"kind": "poweroff", "message": None})())
+    notify(type("Stop", (), {"kind": "poweroff", "error": None})())
     running.settled()
     assert running.vmm.state == "Running"
 
