@@ -20,8 +20,12 @@ def region_name(index: int) -> str:
     return f"{REGION_PREFIX}{index}"
 
 
+def is_region(name: str) -> bool:
+    return name.startswith(REGION_PREFIX) and name.removeprefix(REGION_PREFIX).isdecimal()
+
+
 def is_ours(name: str) -> bool:
-    return name == DOCUMENT_NAME or name.startswith(REGION_PREFIX)
+    return name == DOCUMENT_NAME or is_region(name)
 
 
 def not_a_directory(path: str) -> str:

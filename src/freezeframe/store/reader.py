@@ -11,8 +11,8 @@ from freezeframe.state.document import DOCUMENT_LIMIT, DOCUMENT_NAME, decode
 from freezeframe.store.names import (
     MEMORY,
     RECEIVING,
-    REGION_PREFIX,
     SOURCE_MISSING,
+    is_region,
     not_a_directory,
     path_text,
     region_name,
@@ -139,7 +139,7 @@ class SnapshotReader:
         except ValueError as error:
             raise Damaged(f"{document_path}: {error}", file=document_path, hint=_LOST).chained(*MEMORY) from None
         expected = {region.file for region in regions}
-        for name in sorted(name for name in names - expected if name.startswith(REGION_PREFIX)):
+        for name in sorted(filter(is_region, names - expected)):
             path = os.path.join(self.directory, name)
             raise Damaged(
                 f"{path} does not belong to this snapshot, which has {len(regions)} memory regions",
@@ -155,7 +155,7 @@ def _read_document(dir_fd: int, directory: str, names: set[str]) -> Document:
     opening = (*RECEIVING, f'Error opening VM state snapshot file "{path}"')
     if DOCUMENT_NAME not in names:
         missing = "No such file or directory (os error 2)"
-        if any(name.startswith(REGION_PREFIX) for name in names):
+        if any(map(is_region, names)):
             raise Torn(
                 f"{directory!r} holds a torn snapshot: memory files, but no {DOCUMENT_NAME}, which is written last",
                 file=path,

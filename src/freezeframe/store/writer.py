@@ -158,6 +158,7 @@ class _Writing:
                 file.close()
 
     def _new(self, name: str) -> _NewFile:
+        self.step = (_DOCUMENT_STEP, "")  # what CH makes first, and so what it names when it can make nothing
         file = _NewFile(self.dir_fd, name, unnamed=self.unnamed)
         self.files.append(file)
         return file
@@ -165,13 +166,13 @@ class _Writing:
     def _write(
         self, config: dict[str, Any], state: dict[str, Any], memory: Memory, engine: str, threads: int
     ) -> WrittenSnapshot:
-        self.step = (_MEMORY_STEP, "Guest memory error: ")
         images: list[RegionImage] = []
         counts: list[dict[str, Any]] = []
         regions: list[_NewFile] = []
         for index, (address, size) in enumerate(memory.regions):
             file = self._new(region_name(index))
             regions.append(file)
+            self.step = (_MEMORY_STEP, "Guest memory error: ")
             chunk, stored, digests, stats = write_region(memory, index, file.fd, threads)
             counts.append(stats)
             images.append(

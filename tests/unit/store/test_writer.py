@@ -105,6 +105,7 @@ def test_any_of_our_names_takes_the_directory(tmp_path: Path, name: str, what: s
 def test_other_files_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "vm.json.old").write_text("mine")
+    (tmp_path / "memory-region-0.bak").write_text("mine")
     small.snapshot(tmp_path)
     assert small.contents(small.restore(tmp_path)) == small.contents(small.memory())
 
