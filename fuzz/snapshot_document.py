@@ -1,4 +1,4 @@
-"""Mutates `vm.json` (bytes, and values sealed again) and memory files; the reader must refuse or read, never anything else.
+"""Mutates `vm.json` (bytes, and values sealed again); the reader must refuse or read, never anything else.
 
     python fuzz/snapshot_document.py [--seed N] [--count N]      count 0: until interrupted
 
@@ -21,7 +21,8 @@ from freezeframe.store import SnapshotReader
 from freezeframe.testing import small_snapshot as small
 
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 4096, 65536, 2**31, 2**32, 2**52, 2**63, 2**64 - 1, 2**64, -(2**63), 0.5, 1e300, "", "A", "AAAA",
+    None, True, False, 0, 1, -1, 4096, 65536, 2**31, 2**32, 2**52, 2**63, 2**64 - 1, 2**64, -(2**63), 0.5, 1e300,
+    "", "A", "AAAA",
     "memory-region-0", "memory-region-1", "../vm.json", "\u0000", "é", "x" * 5000, [], {}, [[]], {"": {}}, [None] * 100,
 ]  # fmt: skip
 
@@ -129,4 +130,5 @@ if __name__ == "__main__":
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--count", type=int, default=0)
     options = arguments.parse_args()
-    print("accepted %d, refused %d" % run(options.seed, options.count))
+    accepted, refused = run(options.seed, options.count)
+    print(f"accepted {accepted}, refused {refused}")
