@@ -157,7 +157,6 @@ def test_no_payload():
         ('"balloon":{"size":1}', "balloon"),
         ('"watchdog":true', "watchdog"),
         ('"console":{"mode":"Socket","socket":"x"}', "console.mode"),
-        ('"rng":{"src":"/dev/zero"}', "rng.src"),
         ('"platform":{"system_uuid":"x"}', "platform.system_uuid"),
         ('"platform":{"uuid":"x"}', "platform.system_uuid"),
     ],
