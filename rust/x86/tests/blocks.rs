@@ -1,0 +1,268 @@
+//! The block loop: exact stops, self-modifying code, REP, single stepping.
+
+mod flat;
+
+use flat::{CODE, DATA, Machine, P, PT, STACK, U, W};
+use x86::state::{RAX, RBX, RCX, RDI, RSI, flags};
+
+/// `mov ecx, 1000; l: add rax, rcx; xor rbx, rax; dec ecx; jnz l; hlt`
+const LOOP: &[u8] = &[0xb9, 0xe8, 3, 0, 0, 0x48, 1, 0xc8, 0x48, 0x31, 0xc3, 0xff, 0xc9, 0x75, 0xf6, 0xf4];
+
+#[test]
+fn a_loop_counts_every_instruction() {
+    let mut m = Machine::new(LOOP);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 500_500);
+    assert_eq!(m.core.cpu.icount, 1 + 4 * 1000 + 1);
+}
+
+#[test]
+fn any_slicing_gives_the_same_state() {
+    let mut whole = Machine::new(LOOP);
+    whole.steps(3001);
+    for slice in [1, 2, 3, 5, 7, 64, 1000] {
+        let mut m = Machine::new(LOOP);
+        let mut left = 3001;
+        while left > 0 {
+            let n = slice.min(left);
+            m.steps(n);
+            left -= n;
+        }
+        assert_eq!(m.core.cpu.gpr[..16], whole.core.cpu.gpr[..16], "slices of {slice}");
+        assert_eq!(m.core.cpu.rip, whole.core.cpu.rip);
+        assert_eq!(m.core.cpu.rflags(), whole.core.cpu.rflags());
+    }
+}
+
+/// `mov rcx, n; rep movsb; hlt`
+fn copy(n: u32) -> Vec<u8> {
+    let mut code = vec![0xb9];
+    code.extend(n.to_le_bytes());
+    code.extend([0xf3, 0xa4, 0xf4]);
+    code
+}
+
+#[test]
+fn a_copy_stops_at_any_iteration() {
+    let source: Vec<u8> = (0..10_000u32).map(|n| (n * 7) as u8).collect();
+    for stop in [1, 2, 100, 4095, 4096, 4097, 9999, 10_000, 10_001] {
+        let mut m = Machine::new(&copy(10_000));
+        m.write(DATA + 5, &source);
+        *m.gpr(RSI) = DATA + 5;
+        *m.gpr(RDI) = DATA + 0x8003;
+        m.steps(stop);
+        let done = (stop - 1).min(10_000);
+        assert_eq!((*m.gpr(RCX), *m.gpr(RSI), *m.gpr(RDI)), (10_000 - done, DATA + 5 + done, DATA + 0x8003 + done));
+        assert_eq!(m.bytes(DATA + 0x8003, done as usize), source[..done as usize]);
+        assert_eq!(m.bytes(DATA + 0x8003 + done, 3), [0, 0, 0], "nothing beyond");
+        assert_eq!(m.run(), None);
+        assert_eq!(m.bytes(DATA + 0x8003, 10_000), source);
+    }
+}
+
+#[test]
+fn an_overlapping_copy_repeats_its_beginning() {
+    for (distance, width) in [(1u64, 1u8), (3, 1), (4, 4), (8, 8), (2, 4), (5, 8)] {
+        let code: &[u8] = match width {
+            1 => &[0xf3, 0xa4, 0xf4],
+            4 => &[0xf3, 0xa5, 0xf4],
+            _ => &[0xf3, 0x48, 0xa5, 0xf4],
+        };
+        let mut m = Machine::new(code);
+        let mut want: Vec<u8> = (1..=100).collect();
+        m.write(DATA, &want);
+        let n = 40 / u64::from(width);
+        for k in 0..n as usize {
+            let at = k * usize::from(width);
+            let element = want[at..at + usize::from(width)].to_vec();
+            let to = at + distance as usize;
+            want[to..to + usize::from(width)].copy_from_slice(&element);
+        }
+        (*m.gpr(RSI), *m.gpr(RDI), *m.gpr(RCX)) = (DATA, DATA + distance, n);
+        assert_eq!(m.run(), None);
+        assert_eq!(m.bytes(DATA, 100), want, "distance {distance}, width {width}");
+    }
+}
+
+#[test]
+fn a_copy_downwards() {
+    // std; rep movsq; hlt
+    let mut m = Machine::new(&[0xfd, 0xf3, 0x48, 0xa5, 0xf4]);
+    let source: Vec<u8> = (0..80).collect();
+    m.write(DATA, &source);
+    (*m.gpr(RSI), *m.gpr(RDI), *m.gpr(RCX)) = (DATA + 72, DATA + 0x1048, 10);
+    assert_eq!(m.run(), None);
+    assert_eq!(m.bytes(DATA + 0x1000, 80), source);
+    assert_eq!(*m.gpr(RSI), DATA - 8);
+}
+
+#[test]
+fn a_fault_inside_a_copy_is_precise() {
+    let mut m = Machine::new(&copy(8192));
+    m.entry(PT + 8 * (DATA / 4096 + 9), 0);
+    (*m.gpr(RSI), *m.gpr(RDI)) = (DATA, DATA + 0x8000);
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.error, caught.cr2, caught.rip), (14, 2, DATA + 0x9000, CODE + 5));
+    assert_eq!((*m.gpr(RCX), *m.gpr(RSI), *m.gpr(RDI)), (4096, DATA + 0x1000, DATA + 0x9000));
+}
+
+#[test]
+fn compare_and_scan_stop_where_they_should() {
+    // repe cmpsb; hlt
+    let mut m = Machine::new(&[0xf3, 0xa6, 0xf4]);
+    m.write(DATA, b"equal up to here!");
+    m.write(DATA + 0x100, b"equal up to herE!");
+    (*m.gpr(RSI), *m.gpr(RDI), *m.gpr(RCX)) = (DATA, DATA + 0x100, 17);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RCX), 1);
+    assert!(!m.core.cpu.zf() && !m.core.cpu.cf());
+    // repne scasb; hlt
+    let mut m = Machine::new(&[0xf2, 0xae, 0xf4]);
+    m.write(DATA, b"look for the x");
+    (*m.gpr(RAX), *m.gpr(RDI), *m.gpr(RCX)) = (u64::from(b'x'), DATA, u64::MAX);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RDI), DATA + 14);
+}
+
+#[test]
+fn a_store_into_the_running_block_is_seen_by_the_next_instruction() {
+    // mov byte [rip+1], 0xc3-like patch of the immediate: mov byte [rip + 1], 7; mov al, 1; hlt
+    let mut m = Machine::new(&[0xc6, 5, 1, 0, 0, 0, 7, 0xb0, 1, 0xf4]);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 7);
+}
+
+/// `mov eax, 1; ret` at CODE + 0x1000 called twice from CODE with `patch` in between.
+fn patched_function(patch: &[u8]) -> Machine {
+    let mut code = vec![0xe8];
+    code.extend((0x1000u32 - 5).to_le_bytes());
+    code.extend([0x89, 0xc3]); // mov ebx, eax
+    code.extend(patch);
+    let at = code.len() as u32;
+    code.push(0xe8);
+    code.extend((0x1000 - at - 5).to_le_bytes());
+    code.push(0xf4);
+    let m = Machine::new(&code);
+    m.write(CODE + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
+    m
+}
+
+#[test]
+fn code_patched_through_another_address_is_decoded_again() {
+    // mov byte [rdi], 9, with RDI mapped to the same physical page elsewhere
+    let mut m = patched_function(&[0xc6, 7, 9]);
+    m.entry(PT + 8 * 0x60, (CODE + 0x1000) | P | W | U);
+    *m.gpr(RDI) = 0x6_0001;
+    assert_eq!(m.run(), None);
+    assert_eq!((*m.gpr(RBX), *m.gpr(RAX)), (1, 9));
+}
+
+#[test]
+fn a_write_tag_from_before_the_page_held_code_is_taken_away() {
+    // The alias is written first, so that its TLB entry is writable, then the function runs, then the alias is written again.
+    let mut code = vec![0xc6, 7, 5]; // mov byte [rdi], 5
+    code.push(0xe8);
+    code.extend((0x1000u32 - 8).to_le_bytes());
+    code.extend([0x89, 0xc3, 0xc6, 7, 9]);
+    let at = code.len() as u32;
+    code.push(0xe8);
+    code.extend((0x1000 - at - 5).to_le_bytes());
+    code.push(0xf4);
+    let mut m = Machine::new(&code);
+    m.write(CODE + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
+    m.entry(PT + 8 * 0x60, (CODE + 0x1000) | P | W | U);
+    *m.gpr(RDI) = 0x6_0001;
+    assert_eq!(m.run(), None);
+    assert_eq!((*m.gpr(RBX), *m.gpr(RAX)), (5, 9));
+}
+
+#[test]
+fn a_string_store_into_code_is_seen() {
+    // mov ecx, 4; rep stosb into the immediate
+    let mut m = patched_function(&[0xb9, 4, 0, 0, 0, 0xb0, 2, 0xf3, 0xaa]);
+    *m.gpr(RDI) = CODE + 0x1001;
+    assert_eq!(m.run(), None);
+    assert_eq!((*m.gpr(RBX), *m.gpr(RAX)), (1, 0x0202_0202));
+}
+
+#[test]
+fn a_device_write_to_code_is_seen() {
+    let mut m = patched_function(&[]);
+    m.steps(4);
+    assert_eq!(*m.gpr(RAX), 1);
+    m.write(CODE + 0x1001, &[0x44]);
+    assert_eq!(m.run(), None);
+    assert_eq!((*m.gpr(RBX), *m.gpr(RAX)), (1, 0x44));
+}
+
+#[test]
+fn an_instruction_across_a_page_end_follows_both_pages() {
+    let mut m = Machine::new(&[0xe9, 0xf8, 0x0f, 0, 0]); // jmp CODE + 0xffd
+    // mov eax, imm32 with its last two bytes on the next page; jmp back to itself would loop, so hlt
+    m.write(CODE + 0xffd, &[0xb8, 0x11, 0x22, 0x33, 0x44, 0xf4]);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 0x4433_2211);
+    // A write to the second part alone
+    m.write(CODE + 0x1000, &[0x55]);
+    m.restart(CODE);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 0x4455_2211);
+    // The next page is now another one
+    m.write(CODE + 0x5000, &[0x66, 0x77, 0xf4]);
+    m.entry(PT + 8 * ((CODE + 0x1000) >> 12), (CODE + 0x5000) | P | W | U);
+    m.core.flush_page(CODE + 0x1000);
+    m.restart(CODE);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 0x7766_2211);
+    // And now it is not there
+    m.entry(PT + 8 * ((CODE + 0x1000) >> 12), 0);
+    m.core.flush_page(CODE + 0x1000);
+    m.restart(CODE);
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.cr2, caught.rip), (14, CODE + 0x1000, CODE + 0xffd));
+}
+
+#[test]
+fn a_remapped_code_page_is_fetched_anew() {
+    let mut m = patched_function(&[]);
+    m.steps(4);
+    m.write(CODE + 0x3000, &[0xb8, 0x77, 0, 0, 0, 0xc3]);
+    m.entry(PT + 8 * ((CODE + 0x1000) >> 12), (CODE + 0x3000) | P | W | U);
+    m.core.flush_page(CODE + 0x1000);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 0x77);
+}
+
+#[test]
+fn single_stepping_traps_after_every_instruction() {
+    // pushfq; or qword [rsp], 0x100; popfq; nop; inc eax; hlt
+    let mut m = Machine::new(&[0x9c, 0x48, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d, 0x90, 0xff, 0xc0, 0xf4]);
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.rip), (1, CODE + 11), "after the instruction that follows POPF");
+    assert_eq!(m.core.cpu.dr[6] & 1 << 14, 1 << 14);
+    assert_eq!(m.core.cpu.flags & flags::TF, 0, "the handler runs without it");
+}
+
+#[test]
+fn what_no_processor_of_the_profile_has_is_an_invalid_opcode() {
+    for code in [&[0x0f, 0x0b][..], &[0xc5, 0xfc, 0x77], &[0xf0, 0x90], &[0x0f, 0x38, 0xf0, 0x00]] {
+        let caught = Machine::new(code).run().unwrap();
+        assert_eq!((caught.vector, caught.rip), (6, CODE), "{code:x?}");
+    }
+}
+
+#[test]
+fn a_fault_changes_nothing() {
+    // push [rdi]; with a stack page that is not there
+    let mut m = Machine::new(&[0xff, 0x37]);
+    m.core.cpu.gpr[x86::state::RSP] = 0x10;
+    m.core.cpu.idtr.limit = 0;
+    m.entry(PT, 0);
+    m.core.cpu.gpr[RDI] = DATA;
+    match m.core.run(&mut m.cache, 10) {
+        x86::run::RunExit::TripleFault => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!((m.core.cpu.rip, *m.gpr(x86::state::RSP), m.core.cpu.icount), (CODE, 0x10, 0));
+    let _ = STACK;
+}
