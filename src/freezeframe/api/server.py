@@ -16,6 +16,8 @@ from freezeframe.api.routes import MAX_BODY, Reply, answer, malformed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from freezeframe.api.listener import Listener
     from freezeframe.control.vmm import Vmm
 
@@ -44,12 +46,12 @@ class ApiServer:
         start_new_thread(self._accept, ())
 
     def _accept(self) -> None:
-        from socket import socket as public_socket  # here, because its import takes a tenth of a whole restore
-
-        listening = public_socket(fileno=self._listener.socket.fileno())
+        # What the public `socket.accept` wraps: importing `socket` takes a tenth of a whole restore.
+        listening: Any = self._listener.socket
         while not self._closing:
             try:
-                client, _ = listening.accept()
+                fd, _ = listening._accept()  # noqa: SLF001
+                client = socket(fileno=fd)
             except OSError:
                 if not self._closing:
                     time.sleep(0.05)  # out of descriptors: they come back when connections end
@@ -62,7 +64,6 @@ class ApiServer:
                     start_new_thread(connection.run, ())
                     continue
             connection.turn_away()
-        listening.detach()
         self._listener.close()
         self._accepted_all.release()
 

@@ -8,7 +8,6 @@ import stat
 import sys
 
 from freezeframe._core import ConsoleInput, ConsoleOutput
-from freezeframe.backends.terminal import STDIN, STDOUT, terminal
 from freezeframe.errors import DeadlineExceeded, IoFailed, NotSupported, Refused
 
 TYPE_CHECKING = False
@@ -17,11 +16,15 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from freezeframe._core import Serial, VirtioConsole
+    from freezeframe.backends.terminal import Terminal
 
     Mode = Literal["Off", "Pty", "Tty", "File", "Socket", "Null"]
 
 # Seconds without a byte taken after which a reader counts as gone at the end of a machine.
 PATIENCE = 1.0
+
+
+STDIN, STDOUT = 0, 1
 
 
 class HostConsole:
@@ -50,8 +53,12 @@ class HostConsole:
         self._close = close
         self._device: VirtioConsole | Serial | None = None
         self._input: ConsoleInput | None = None
-        self._uses_terminal = mode == "Tty" and terminal.usable()
-        if self._uses_terminal:
+        # The terminal, if this console uses it. Loaded only then: it needs modules that take longer than a restore.
+        self._terminal: Terminal | None = None
+        if mode == "Tty" and os.isatty(STDIN) and os.isatty(STDOUT):
+            from freezeframe.backends.terminal import terminal
+
+            self._terminal = terminal
             self.size = terminal.size()
             terminal.acquire(self._resized)
 
@@ -68,8 +75,8 @@ class HostConsole:
 
     def _resized(self) -> None:
         resize = getattr(self._device, "resize", None)
-        if resize is not None:
-            self.size = terminal.size()
+        if resize is not None and self._terminal is not None:
+            self.size = self._terminal.size()
             resize(*self.size)
 
     def pause(self) -> None:
@@ -79,8 +86,8 @@ class HostConsole:
 
     def resume(self) -> None:
         """Before the vCPUs run, after the device's own `resume`."""
-        if self._uses_terminal:
-            terminal.enter()
+        if self._terminal is not None:
+            self._terminal.enter()
             self._resized()
         if self._input is not None:
             self._input.resume()
@@ -91,9 +98,9 @@ class HostConsole:
             self._input.close()
             self._input = None
         self.output.drain(PATIENCE)
-        if self._uses_terminal:
-            self._uses_terminal = False
-            terminal.release(self._resized)
+        if self._terminal is not None:
+            self._terminal.release(self._resized)
+            self._terminal = None
         fds, self._close = self._close, ()
         for fd in fds:
             os.close(fd)

@@ -194,10 +194,10 @@ def _act(top: str, action: Any, *arguments: object) -> None:
 
 
 def _catch_signals(vmm: Any) -> None:
-    from signal import SIGHUP, SIGINT, SIGTERM, signal
-
-    for number in (SIGTERM, SIGINT, SIGHUP):
-        signal(number, lambda _number, _frame: vmm.request_exit(0))
+    # The C module below `signal`: making enumerations of all signals takes longer than a restore's work.
+    signals: Any = __import__("_signal")
+    for number in (signals.SIGTERM, signals.SIGINT, signals.SIGHUP):
+        signals.signal(number, lambda _number, _frame: vmm.request_exit(0))
     if os.isatty(0):
         from freezeframe.backends.terminal import terminal
 
