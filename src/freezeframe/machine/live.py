@@ -84,7 +84,10 @@ class Machine:
             self._parts.backends.resume()
 
     def _run(self) -> None:
-        kind, code, message = self._parts.engine.run()
+        try:
+            kind, code, message = self._parts.engine.run()
+        except BaseException as error:  # noqa: BLE001 - a panic of the core is none less
+            kind, code, message = "failed", "host", f"the engine broke: {error!r}"
         self._parts.clock.pause()
         if kind != "paused":
             error = _failure(code or "", message or "") if kind == "failed" else None

@@ -1,0 +1,155 @@
+"""Tiny guests on whole machines: boot, pause, save, restore, at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import pytest
+
+from freezeframe import _core
+from freezeframe.backends.console import Console
+from freezeframe.config import ConsoleConfig, CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig
+from freezeframe.machine import build_for_boot, build_from_snapshot
+from freezeframe.testing.guests import smp, tick
+
+pytestmark = pytest.mark.guest
+
+MIB = 1 << 20
+RAM = 64 * MIB
+
+
+def configured(tmp_path, image, cpus=1):
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(image)
+    return VmConfig(
+        cpus=CpusConfig(boot_vcpus=cpus, max_vcpus=cpus),
+        memory=MemoryConfig(size=RAM),
+        payload=PayloadConfig(kernel=str(kernel)),
+        serial=SerialConfig(mode="Null"),
+        console=ConsoleConfig(mode="Off"),
+    )
+
+
+def serial(machine):
+    return Console(machine.backends.consoles["__serial"].output, machine._parts.devices["__serial"])
+
+
+def copy_of(memory):
+    made = _core.Memory(memory.regions)
+    for base, size in memory.regions:
+        for at in range(base, base + size, MIB):
+            data = memory.read(at, MIB)
+            if data.count(0) != MIB:
+                made.write(at, data)
+    return made
+
+
+def again(machine, **options):
+    """What a snapshot and a restore do, without files."""
+    state, memory = json.loads(json.dumps(machine.save())), copy_of(machine.memory)
+    config = machine.config
+    machine.close()
+    return build_from_snapshot(config, state, memory, capture=MIB, **options)
+
+
+GUESTS = {
+    "tick": (lambda: tick(size=0x4_0000), 1),
+    "smp-2": (lambda: smp(2), 2),
+    "smp-4-x2apic-deadline": (lambda: smp(4, x2apic=True, deadline=True), 4),
+    "smp-8": (lambda: smp(8), 8),
+}
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_a_guest_goes_on_through_many_restores(tmp_path, name):
+    image, cpus = GUESTS[name]
+    machine = build_for_boot(configured(tmp_path, image(), cpus), capture=MIB)
+    try:
+        last = 0
+        for round_ in range(12):
+            console = serial(machine)
+            machine.resume()
+            # The first rounds interrupt the guest's start, the later ones its work.
+            if round_ > 3:
+                number = int(console.expect(r"(?<=T )\d+(?=\r?\n)", 60).group(0))
+                assert number > last or round_ == 4
+                last = number
+            machine.pause()
+            assert "BAD" not in console.text
+            machine = again(machine, clock="Freeze" if round_ % 2 else "Advance")
+    finally:
+        machine.close()
+
+
+def test_the_guests_own_time_stands_still_while_it_is_paused(tmp_path):
+    with build_for_boot(configured(tmp_path, tick(size=0x1000)), capture=MIB) as machine:
+        machine.resume()
+        serial(machine).expect("T 3", 60)
+        machine.pause()
+        before = machine.save()
+        assert machine.save() == {**before, "clock": machine.save()["clock"]}
+        assert machine.save()["clock"]["tsc"] == before["clock"]["tsc"]
+
+
+def ports(code):
+    """A guest of a few instructions in 32-bit mode behind the PVH entry of `tick`."""
+    image = bytearray(tick())
+    entry = int.from_bytes(re.search(rb"Xen\0(....)", bytes(image), re.DOTALL).group(1), "little")
+    at = entry - 0x10_0000 + image_offset(image)
+    image[at : at + len(code)] = code
+    return bytes(image)
+
+
+def image_offset(image):
+    """File offset of what is loaded at 1 MiB."""
+    start, count = int.from_bytes(image[32:40], "little"), int.from_bytes(image[56:58], "little")
+    for n in range(count):
+        header = image[start + 56 * n : start + 56 * n + 56]
+        if int.from_bytes(header[:4], "little") == 1 and int.from_bytes(header[24:32], "little") == 0x10_0000:
+            return int.from_bytes(header[8:16], "little")
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("66ba 0006 b034 ee f4", "poweroff"),  # mov dx, 0x600; mov al, S5; out dx, al; hlt
+        ("66ba 0006 b001 ee f4", "reset"),
+        ("b0fe e664 f4", "reset"),  # the keyboard controller
+        ("b08f e670 b000 e671 f4", "reset"),
+        ("0f011d 00000000 cc", "reset"),  # lidt of zeros; int3: a triple fault
+    ],
+)
+def test_a_guest_that_ends_itself(tmp_path, code, kind):
+    config = configured(tmp_path, ports(bytes.fromhex(code)))
+    with build_for_boot(config) as machine:
+        seen = []
+        told = threading.Event()
+        machine.on_stop = lambda reason: (seen.append(reason.kind), told.set())
+        machine.resume()
+        assert told.wait(20)
+        assert seen == [kind]
+        # As control does it: the same disks and consoles, a new machine.
+        with build_for_boot(config, backends=machine.release()) as second:
+            assert second.state == "created"
+
+
+def test_a_device_that_raises_stops_the_machine_and_says_why(tmp_path):
+    class Broken:
+        def read(self, offset, size):
+            raise ZeroDivisionError("in a register")
+
+        def write(self, offset, size, value):
+            pass
+
+    with build_for_boot(configured(tmp_path, ports(bytes.fromhex("e4e9 ebfc")))) as machine:  # in al, 0xe9, for ever
+        machine._parts.bus.add_pio(0xE9, 1, Broken())
+        told = threading.Event()
+        machine.on_stop = lambda _: told.set()
+        machine.resume()
+        assert told.wait(20)
+        assert machine.stopped.kind == "failed"
+        assert "ZeroDivisionError: in a register" in str(machine.stopped.error)
+        assert machine.stopped.error.detail == {"code": "device"}
