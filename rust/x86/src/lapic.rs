@@ -396,14 +396,15 @@ impl Lapic {
         }
     }
 
-    /// What is left of the count now.
+    /// What is left of the count now. Never 0 while the timer runs: one that is due but has not fired yet (a machine that stands)
+    /// must fire in its next life.
     pub fn timer_current(&self, clock: &Clock) -> u32 {
         if self.timer_expiry == 0 || self.timer_mode() == 2 {
             return 0;
         }
         let left = self.timer_expiry.saturating_sub(clock.tsc());
         let ns = clock.ns(left);
-        (ns / self.divisor()).min(u64::from(self.timer_initial)) as u32
+        (ns / self.divisor()).max(1).min(u64::from(self.timer_initial)) as u32
     }
 
     /// The inverse, for restoring.

@@ -313,3 +313,21 @@ fn tsc_deadline() {
     wr(&mut m, 0, 0x320, 0x52);
     assert_eq!(m.cores[0].lapic.timer_left(now, 0), None);
 }
+
+/// A machine may be saved between the moment a timer is due and the vCPU's next turn.
+#[test]
+fn a_timer_that_is_due_when_it_is_saved_fires_in_the_next_life() {
+    for lvt in [0x50, 0x2_0050] {
+        let mut m = enabled(1);
+        wr(&mut m, 0, 0x320, lvt);
+        wr(&mut m, 0, 0x380, 1000);
+        m.cores[0].lapic.timer_expiry = m.shared.clock.tsc();
+        let state = m.cores[0].save();
+        assert_eq!(state.lapic.timer_current, 1);
+        let mut m = enabled(1);
+        m.cores[0].restore(&state).unwrap();
+        let later = m.shared.clock.tsc() + 1000;
+        m.cores[0].lapic.poll_timer(later, 0, KHZ);
+        assert_eq!(m.cores[0].lapic.acknowledge(), Some(0x50));
+    }
+}
