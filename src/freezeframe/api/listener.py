@@ -12,6 +12,7 @@ from freezeframe.errors import Busy, IoFailed, Refused
 
 _FLOCK = "hhqqi0q"  # struct flock of <fcntl.h>: type, whence, start, length, pid
 BACKLOG = 128
+PATH_MAX = 107  # sockaddr_un
 
 
 class Listener:
@@ -33,6 +34,8 @@ class Listener:
     @classmethod
     def bind(cls, path: str) -> Listener:
         """Bind and listen. `Busy` naming the owner when another process holds the path; a stale socket is replaced."""
+        if len(os.fsencode(path)) > PATH_MAX:
+            raise Refused(f"the path of the API socket is too long ({PATH_MAX} bytes at most): {path!r}")
         lock = _take_lock(path)
         sock: socket | None = None
         try:

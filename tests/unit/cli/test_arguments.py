@@ -37,8 +37,10 @@ def test_missing_argument(remote):
     assert remote("--api-socket", "s.sock", "snapshot") == (
         2,
         "",
-        ("error: the following required arguments were not provided:\n  <snapshot_config>\n\n"
-        "Usage: ch-remote snapshot <snapshot_config>\n\nFor more information, try '--help'.\n"),
+        (
+            "error: the following required arguments were not provided:\n  <snapshot_config>\n\n"
+            "Usage: ch-remote snapshot <snapshot_config>\n\nFor more information, try '--help'.\n"
+        ),
     )
 
 
@@ -46,8 +48,10 @@ def test_unknown_subcommand(remote):
     assert remote("--api-socket", "s.sock", "bogus") == (
         2,
         "",
-        ("error: unrecognized subcommand 'bogus'\n\nUsage: ch-remote [OPTIONS] <COMMAND>\n\n"
-        "For more information, try '--help'.\n"),
+        (
+            "error: unrecognized subcommand 'bogus'\n\nUsage: ch-remote [OPTIONS] <COMMAND>\n\n"
+            "For more information, try '--help'.\n"
+        ),
     )
 
 
@@ -55,8 +59,10 @@ def test_bad_restore_option(remote):
     assert remote("--api-socket", "s.sock", "restore", "foo=bar") == (
         1,
         "",
-        ("Error: ch-remote exited with the following chain of errors:\n  0: Error parsing restore syntax\n"
-        "  1: Error parsing --restore\n  2: unknown option: foo\n"),
+        (
+            "Error: ch-remote exited with the following chain of errors:\n  0: Error parsing restore syntax\n"
+            "  1: Error parsing --restore\n  2: unknown option: foo\n"
+        ),
     )
 
 
@@ -124,8 +130,10 @@ def test_usage_errors_end_with_2(vmm, arguments, text):
         ),
         (
             ["--restore", "source_url=file:///nonexistent"],
-            ("  0: Error restoring VM\n  1: The VM could not be restored\n  2: Cannot restore VM\n"
-            '  3: Failed to send migratable component snapshot\n  4: Destination is not a directory: "/nonexistent"\n'),
+            (
+                "  0: Error restoring VM\n  1: The VM could not be restored\n  2: Cannot restore VM\n"
+                '  3: Failed to send migratable component snapshot\n  4: Destination is not a directory: "/nonexistent"\n'
+            ),
         ),
         (["--kernel", "/nonexistent"], "  0: Error booting VM\n  1: The VM could not boot\n"),
     ],
