@@ -27,14 +27,7 @@ struct Arguments {
 
 fn arguments() -> Option<Arguments> {
     let mut args = std::env::args().skip(1);
-    let mut a = Arguments {
-        file: args.next()?,
-        vcpus: 1,
-        memory_mib: 128,
-        append: String::new(),
-        env: Vec::new(),
-        seconds: 90,
-    };
+    let mut a = Arguments { file: args.next()?, vcpus: 1, memory_mib: 128, append: String::new(), env: Vec::new(), seconds: 90 };
     while let Some(option) = args.next() {
         let value = args.next()?;
         match option.as_str() {

@@ -13,6 +13,8 @@ use crate::state::Activity;
 
 /// Instructions of one turn: about 0.2 ms, which bounds how late a timer or an IPI to another vCPU can be.
 const SLICE: u64 = 50_000;
+/// While another vCPU spins: what it waits for may be done any moment.
+const SHORT_SLICE: u64 = 5_000;
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
 
@@ -37,6 +39,9 @@ pub struct SoftwareEngine {
     cache: Cache,
     /// Whose turn is next.
     turn: usize,
+    /// Which vCPUs ended their last turn with PAUSE, and how many that are.
+    spinning: Vec<bool>,
+    spinners: usize,
 }
 
 /// How a vCPU's turn ended.
@@ -59,7 +64,7 @@ impl SoftwareEngine {
         }
         let shared = Arc::new(Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi));
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
-        Ok(Self { shared, cores, cache: Cache::new(), turn: 0 })
+        Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0 })
     }
 
     /// Instructions that vCPU `n` has retired since this engine was made.
@@ -119,7 +124,12 @@ impl SoftwareEngine {
         if core.cpu.activity != Activity::Running && !core.event_pending() {
             return Ok(Turn::Idle);
         }
-        match core.run(&mut self.cache, SLICE) {
+        let others = self.spinners - usize::from(self.spinning[n]);
+        let exit = core.run(&mut self.cache, if others > 0 { SHORT_SLICE } else { SLICE });
+        let spins = matches!(exit, RunExit::Pause);
+        self.spinners = others + usize::from(spins);
+        self.spinning[n] = spins;
+        match exit {
             RunExit::Budget | RunExit::Pause | RunExit::Events => Ok(Turn::Ran),
             RunExit::Halted => Ok(Turn::Idle),
             RunExit::TripleFault => Err(Stop::Reset),

@@ -43,6 +43,16 @@ impl Core {
     /// the host side.
     pub fn deliver(&mut self, exception: Exception) -> Result<Delivered, Fault> {
         let mut current = exception;
+        if std::env::var_os("FFTRACE").is_some() {
+            eprintln!(
+                "EXC {current:x?} rip {:x} cs {:x} rsp {:x} flags {:x} cpl {}",
+                self.cpu.rip,
+                self.cpu.seg[CS].selector,
+                self.cpu.gpr[RSP],
+                self.cpu.rflags(),
+                self.cpu.cpl
+            );
+        }
         loop {
             if current.vector == PF {
                 self.cpu.cr2 = current.cr2;
@@ -83,6 +93,12 @@ impl Core {
     /// INT1 (ICEBP): a #DB without the gate's privilege check. RIP is already the next instruction's.
     pub fn icebp(&mut self) -> Result<(), Fault> {
         self.enter(DB, Source::Hardware, None, false)
+    }
+
+    /// #DB for a single step that has just been completed.
+    pub fn single_step_trap(&mut self) -> Result<(), Fault> {
+        self.cpu.dr[6] |= 1 << 14;
+        self.deliver(Exception { vector: DB, error: None, cr2: 0 }).map(|_| ())
     }
 
     /// An interrupt or NMI: what goes wrong on the way in is delivered instead.
@@ -265,6 +281,8 @@ impl Core {
         self.cpu.cpl = cpl;
         self.set_segment(CS, cs);
         self.cpu.rip = target;
+        // A single-step trap after HLT ends the halt.
+        self.cpu.activity = Activity::Running;
         let mut off = flags::TF | flags::NT | flags::RF | flags::VM;
         if kind == INT16 || kind == INT32 {
             off |= flags::IF;

@@ -13,6 +13,8 @@ pub const TSC_ADJUST: u32 = 0x3b;
 pub const MICROCODE: u32 = 0x8b;
 pub const MTRR_CAP: u32 = 0xfe;
 pub const SYSENTER_CS: u32 = 0x174;
+const MCG_CAP: u32 = 0x179;
+const MCG_STATUS: u32 = 0x17a;
 pub const SYSENTER_ESP: u32 = 0x175;
 pub const SYSENTER_EIP: u32 = 0x176;
 pub const MISC_ENABLE: u32 = 0x1a0;
@@ -180,6 +182,8 @@ impl Core {
             // Eight variable ranges, fixed ranges, write-combining.
             MTRR_CAP => 0x508,
             MICROCODE => profile::MICROCODE,
+            // Machine checks are not claimed; KVM's guests may look all the same: no banks.
+            MCG_CAP | MCG_STATUS => 0,
             // No last branch records, no branch single step.
             DEBUGCTL => 0,
             HWCR => self.hwcr | HWCR_FIXED,
@@ -253,6 +257,7 @@ impl Core {
             // A microcode load, performance counters (none runs), configuration that is fixed here: taken and forgotten.
             MICROCODE | 0x79 | SYSCFG | 0xc001_001f | 0xc001_0055 | DE_CFG => false,
             0xc001_0000..=0xc001_0007 | DEBUGCTL => false,
+            MCG_STATUS => value != 0,
             _ => true,
         };
         if refused { Err(self.raise(GP, Some(0))) } else { Ok(()) }

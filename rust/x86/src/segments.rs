@@ -274,7 +274,8 @@ impl Core {
             let s = self.cpu.seg[seg];
             let conforming = s.attr & 0x1c == 0x1c;
             if s.attr & Segment::UNUSABLE == 0 && !conforming && s.dpl() < self.cpu.cpl {
-                self.set_segment(seg, null_segment(0));
+                // The base survives: FS and GS go on addressing with it in 64-bit code.
+                self.cpu.seg[seg] = Segment { selector: 0, attr: Segment::UNUSABLE, ..s };
             }
         }
     }

@@ -15,7 +15,7 @@ fn wr(m: &mut Machine, index: u32, value: u64) -> bool {
 #[test]
 fn unknown_ones_are_refused() {
     let mut m = machine(1);
-    for index in [0, 0x34, 0xce, 0x140, 0x179, 0x345, 0x400, 0xda0, 0xc000_0104, 0xc001_0020, 0xc001_0131, 0xc001_1020, u32::MAX]
+    for index in [0, 0x34, 0xce, 0x140, 0x17b, 0x345, 0x400, 0xda0, 0xc000_0104, 0xc001_0020, 0xc001_0131, 0xc001_1020, u32::MAX]
     {
         assert!(m.cores[0].read_msr(index).is_none(), "{index:#x}");
         assert!(!wr(&mut m, index, 0), "{index:#x}");

@@ -85,6 +85,11 @@ fn sysret<const WIDE: bool>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
             core.cpu.rip = core.cpu.gpr[RCX] & 0xffff_ffff;
             enter(core, 3, flat(user(selector), CODE32, 3), ss);
         }
+        if core.cpu.flags & flags::TF != 0 {
+            // Unlike IRET and POPF, SYSRET traps already after itself.
+            core.refresh();
+            core.single_step_trap()?;
+        }
     } else {
         core.cpu.rip = core.cpu.gpr[RCX] & 0xffff_ffff;
         core.cpu.flags |= flags::IF;
