@@ -19,7 +19,7 @@ BOOT_DEADLINE_S = 300.0
 # A load for every CPU, the disk and timers, with its own checks. Whatever it prints with BAD in it is a failure.
 LOAD = """\
 #!/bin/sh
-mkdir -p /mnt/load
+mkdir -p /mnt/load; echo 4 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/kernel/printk
 cpus=$(grep -c ^processor /proc/cpuinfo)
 echo 'want=$(echo $1 | sha256sum); while :; do [ "$(echo $1 | sha256sum)" = "$want" ] || echo "BAD sum $1"; done' > /tmp/spin
 cat > /tmp/disk << 'EOF'

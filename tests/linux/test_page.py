@@ -54,7 +54,7 @@ def test_the_page(guest: Guest, tmp_path: Path) -> None:
         assert last <= first <= last + 2
         vmm.send(PROOF)
         assert vmm.console.expect(r"^PROOF (\w{32} \d+ \d+ alive \S+)$").group(1) == before
-        vmm.send("kill $LOOP; dmesg | grep -iE 'lockup|unstable|stall|BUG|error' ; echo DMESG done")
+        vmm.send("kill $LOOP; dmesg | grep -iE 'lockup|unstable|stall|BUG:|I/O error' ; echo DMESG done")
         vmm.console.expect(r"^DMESG done$")
         assert not re.findall(r"^\[ *\d+\.\d+\] .*$", vmm.console.text, re.MULTILINE)
         vmm.send("poweroff")
