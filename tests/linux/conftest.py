@@ -34,7 +34,7 @@ done
 EOF
 echo 'n=0; while :; do usleep 20000; n=$((n+1)); echo $n > /tmp/timer.count; done' > /tmp/timer
 for cpu in $(seq $cpus); do taskset -c $((cpu-1)) sh /tmp/spin $cpu & done
-sh /tmp/disk & sh /tmp/timer &
+echo 0 > /tmp/disk.count; echo 0 > /tmp/timer.count; sh /tmp/disk & sh /tmp/timer &
 echo load started
 """
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TYPE_CHECKING = False
@@ -144,7 +145,17 @@ class Vmm:
     def kill(self) -> None:
         """SIGKILL, as a user would with `kill -9`."""
         self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the pipes of a process that has ended or is about to."""
         self.process.wait()
+        self.console.join()
+        self.errors.join()
+        for pipe in (self._stdin, self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
 
     def resident(self) -> int:
         """Resident bytes of the process."""
@@ -157,10 +168,4 @@ class Vmm:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        self.console.join()
-        self.errors.join()
-        for pipe in (self._stdin, self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
+        self.kill()
