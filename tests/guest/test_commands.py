@@ -7,13 +7,14 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import time
 
 import pytest
 
 from freezeframe.client import Connection
 from freezeframe.testing.guests import tick
-from freezeframe.testing.process import Vmm
+from freezeframe.testing.process import Vmm, installed
 
 pytestmark = pytest.mark.guest
 
@@ -190,3 +191,38 @@ def test_a_damaged_chunk_ends_the_vmm_with_1(vmm, tmp_path):
         restored.errors.expect(r"memory-region-0.*chunk")
         assert "BAD" not in restored.console.text
     assert not (tmp_path / "s.sock").exists()
+
+
+def test_pseudo_terminals_are_named_by_info(kernel, tmp_path):
+    argv = ["--kernel", str(kernel), "--memory", "size=64M", "--console", "off", "--serial", "pty"]
+    with Vmm(argv, socket=tmp_path / "s.sock") as vmm:
+        vmm.wait_ready()
+        path = json.loads(vmm.remote("info").stdout)["config"]["serial"]["file"]
+        terminal = os.open(path, os.O_RDONLY | os.O_NOCTTY)
+        data = b""
+        while b"T 2\r" not in data and b"T 2\n" not in data:
+            data += os.read(terminal, 4096)
+        os.close(terminal)
+
+
+def test_standard_descriptors_may_be_closed(kernel, tmp_path):
+    words = [installed("cloud-hypervisor"), "--api-socket", str(tmp_path / "s.sock"), *machine(kernel)]
+    process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words])
+    end = time.monotonic() + DEADLINE
+    while subprocess.run(
+        [installed("ch-remote"), "--api-socket", words[2], "info"], capture_output=True, check=False
+    ).returncode:
+        assert process.poll() is None
+        assert time.monotonic() < end
+    assert (
+        subprocess.run([installed("ch-remote"), "--api-socket", words[2], "shutdown-vmm"], check=False).returncode == 0
+    )
+    assert process.wait(DEADLINE) == 0
+
+
+def test_a_reply_that_cannot_be_written_is_a_failure(vmm):
+    with open("/dev/full", "wb") as full:
+        words = [installed("ch-remote"), "--api-socket", str(vmm.socket), "info"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr

@@ -175,9 +175,18 @@ def _perform(socket: str, method: str, action: str, body: bytes | None) -> int:
     except FreezeframeError as error:
         print_chain(PROGRAM, ["http client error", *chain_messages(error)])
         return 1
-    if response.body is not None:
-        sys.stdout.write(response.body.decode("utf-8", "replace") + "\n")
-        sys.stdout.flush()
+    return 0 if response.body is None else _print(response.body + b"\n")
+
+
+def _print(data: bytes) -> int:
+    import os
+
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except OSError as error:
+        print_chain(PROGRAM, ["Error writing the reply", *chain_messages(error)])
+        return 1
     return 0
 
 

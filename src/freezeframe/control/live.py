@@ -72,6 +72,14 @@ class LiveBackend:
             engine=machine.engine.name,
         )
 
+    def shown_config(self, machine: Machine, config: VmConfig) -> VmConfig:
+        consoles = machine.backends.consoles
+        if config.console.mode == "Pty" and "__console" in consoles:
+            config = config.replace(console=config.console.replace(file=consoles["__console"].path))
+        if config.serial.mode == "Pty" and "__serial" in consoles:
+            config = config.replace(serial=config.serial.replace(file=consoles["__serial"].path))
+        return config
+
     def device_tree(self, machine: Machine) -> dict[str, Any] | None:
         return machine.device_tree()
 

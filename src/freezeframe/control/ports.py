@@ -60,6 +60,10 @@ if TYPE_CHECKING:
             """Write a paused machine into an existing directory."""
             ...
 
+        def shown_config(self, machine: Any, config: VmConfig) -> VmConfig:
+            """The configuration as `vm.info` shows it: with the names of pseudo terminals."""
+            ...
+
         def device_tree(self, machine: Any) -> dict[str, Any] | None:
             """CH's `device_tree`, where the machine knows one."""
             ...

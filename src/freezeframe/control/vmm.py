@@ -160,6 +160,8 @@ class Vmm:
             config, machine = self._config, self._machine
             if config is None:
                 raise ActionFailed("The VM info is not available", "VM is not created", status=NOT_FOUND)
+            if machine is not None:
+                config = self._backend.shown_config(machine, config)
             info: dict[str, Any] = {
                 "config": config.to_plain(),
                 "state": self.state,

@@ -110,6 +110,9 @@ class FakeBackend:
         except OSError as error:
             raise IoFailed("Error creating VM config snapshot file") from error
 
+    def shown_config(self, machine: FakeMachine, config: VmConfig) -> VmConfig:  # noqa: ARG002
+        return config
+
     def device_tree(self, machine: FakeMachine) -> dict[str, Any] | None:  # noqa: ARG002
         return None
 
