@@ -154,9 +154,15 @@ def dsdt(platform: Platform) -> bytes:
             aml.resources(aml.interrupt(layout.SERIAL_IRQ, edge=True), aml.io_ports(layout.SERIAL_PORT, 8)),
         ),
     )
+    # Not among Cloud Hypervisor's: without it Linux guesses that there is an RTC with interrupt 8, and has no PIC for it.
+    clock = aml.device(
+        "\\_SB.RTC_",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name("_CRS", aml.resources(aml.io_ports(layout.RTC_PORT, 2))),
+    )
     off = aml.name("\\_S5_", aml.package((aml.integer(S5_SLEEP_TYPE),)))
     button = aml.device("\\_SB.PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.ZERO))
-    body = _pci_root(platform.map) + board + (serial if platform.serial else b"") + off + button
+    body = _pci_root(platform.map) + board + clock + (serial if platform.serial else b"") + off + button
     return table(b"DSDT", 6, b"FFDSDT", body + _event_device(platform.map.ged))
 
 
