@@ -43,16 +43,6 @@ impl Core {
     /// the host side.
     pub fn deliver(&mut self, exception: Exception) -> Result<Delivered, Fault> {
         let mut current = exception;
-        if std::env::var_os("FFTRACE").is_some() {
-            eprintln!(
-                "EXC {current:x?} rip {:x} cs {:x} rsp {:x} flags {:x} cpl {}",
-                self.cpu.rip,
-                self.cpu.seg[CS].selector,
-                self.cpu.gpr[RSP],
-                self.cpu.rflags(),
-                self.cpu.cpl
-            );
-        }
         loop {
             if current.vector == PF {
                 self.cpu.cr2 = current.cr2;

@@ -389,6 +389,13 @@ impl Lapic {
         self.fire_lvt(LVT_TIMER);
     }
 
+    /// An expiry since the last poll happens before a register of the counting timer is looked at or changed.
+    fn catch_up(&mut self, clock: &Clock) {
+        if self.timer_expiry != 0 && self.timer_mode() != 2 {
+            self.poll_timer(clock.tsc(), 0, clock.tsc_khz());
+        }
+    }
+
     fn start_timer(&mut self, out: &Outside) {
         self.timer_expiry = 0;
         if self.timer_initial != 0 && self.timer_mode() != 2 {
@@ -428,6 +435,7 @@ impl Lapic {
     }
 
     fn write_lvt(&mut self, entry: usize, value: u32, out: &Outside) {
+        self.catch_up(out.clock);
         let mut value = value & LVT_WRITABLE[entry];
         if !self.software_enabled() {
             value |= LVT_MASKED;
@@ -442,7 +450,6 @@ impl Lapic {
                 self.timer_initial = if self.timer_mode() == 2 { 0 } else { self.timer_initial };
             }
         }
-        let _ = out;
     }
 
     // ---- registers ----
@@ -493,7 +500,10 @@ impl Lapic {
             reg::ICR2 if !self.x2apic() => (self.icr >> 32) as u32,
             0x32..=0x37 => self.lvt[(register - reg::LVT) as usize],
             reg::TIMER_INITIAL => self.timer_initial,
-            reg::TIMER_CURRENT => self.timer_current(clock),
+            reg::TIMER_CURRENT => {
+                self.catch_up(clock);
+                self.timer_current(clock)
+            }
             reg::TIMER_DIVIDE => self.timer_divide,
             _ => return Err(Refused),
         })
