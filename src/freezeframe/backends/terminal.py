@@ -12,13 +12,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+    from typing import Any
 
 STDIN, STDOUT = 0, 1
 _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 _FATAL = (signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT, signal.SIGTERM)
 
 
-def raw(settings: list[object]) -> list[object]:
+def raw(settings: list[Any]) -> list[Any]:
     """Terminal settings as `cfmakeraw` makes them (termios(3))."""
     made = list(settings)
     iflag, oflag, cflag, lflag = (int(str(made[n])) for n in range(4))
@@ -47,7 +48,7 @@ class Terminal:
     def __init__(self, fd: int = STDIN) -> None:
         self._fd = fd
         self._users = 0
-        self._saved: list[object] | None = None
+        self._saved: list[Any] | None = None
         self._resized: list[Callable[[], None]] = []
 
     @staticmethod

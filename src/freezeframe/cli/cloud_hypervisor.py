@@ -209,8 +209,12 @@ def _act(top: str, action: Any, *arguments: object) -> None:
 def _catch_signals(vmm: Any) -> None:
     # The C module below `signal`: making enumerations of all signals takes longer than a restore's work.
     signals: Any = __import__("_signal")
+
+    def end(_number: int, _frame: object) -> None:
+        vmm.request_exit(0)
+
     for number in (signals.SIGTERM, signals.SIGINT, signals.SIGHUP):
-        signals.signal(number, lambda _number, _frame: vmm.request_exit(0))
+        signals.signal(number, end)
     if os.isatty(0):
         from freezeframe.backends.terminal import terminal
 

@@ -25,7 +25,7 @@ def cache_dir(*parts: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None]:
     """Holds an exclusive lock on ``path`` (a lock file), so that two processes do not build the same thing at once."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -86,12 +86,12 @@ class Machine:
     def _run(self) -> None:
         try:
             kind, code, message = self._parts.engine.run()
-        except BaseException as error:  # noqa: BLE001 - a panic of the core is none less
+        except BaseException as error:  # a panic of the core is none less
             kind, code, message = "failed", "host", f"the engine broke: {error!r}"
         self._parts.clock.pause()
         if kind != "paused":
-            error = _failure(code or "", message or "") if kind == "failed" else None
-            self.stopped = StopReason(kind, error)
+            failure = _failure(code or "", message or "") if kind == "failed" else None
+            self.stopped = StopReason(kind, failure)
             self._state = "shutdown"
             self._parts.backends.pause()
         self._stands.set()
