@@ -4,6 +4,9 @@
 //! the handlers' contract; [`core`] one vCPU with its TLBs; [`mmu`] every access to guest memory; [`decode`] and
 //! [`cache`] from bytes to blocks; [`run`] the block loop; [`exec`] the handlers; [`events`] exceptions and interrupts.
 
+// Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
+#![allow(clippy::precedence)]
+
 pub mod apics;
 pub mod cache;
 pub mod convert;
