@@ -200,37 +200,46 @@ impl Core {
                     }
                 }
             };
-            match flow {
-                Flow::Next => {
-                    self.retire(at, start);
-                    // SAFETY: at least one instruction was executed, so the one before `at` is in the slice.
-                    let last = unsafe { &*at.sub(1) };
-                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
-                }
-                Flow::Jump => self.retire(at.wrapping_add(1), start),
-                Flow::Leave => {
-                    self.retire(at.wrapping_add(1), start);
-                    // SAFETY: `at` is the instruction just executed.
-                    let last = unsafe { &*at };
-                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
-                    return End::Boundary;
-                }
-                Flow::LeaveJump => {
-                    self.retire(at.wrapping_add(1), start);
-                    return End::FarJump;
-                }
-                Flow::Again => {
-                    self.retire(at, start);
-                    // SAFETY: `at` is the instruction just executed.
-                    self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(unsafe { &*at }.off)));
-                    return if self.budget == 0 { End::Limit } else { End::Boundary };
-                }
+            // The common ends first, as plain comparisons: a jump table costs more than all of this.
+            if flow == Flow::Jump {
+                self.retire(at.wrapping_add(1), start);
+            } else if flow == Flow::Next {
+                self.retire(at, start);
+                // SAFETY: at least one instruction was executed, so the one before `at` is in the slice.
+                let last = unsafe { &*at.sub(1) };
+                self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
+            } else {
+                // SAFETY: `at` is the instruction just executed.
+                return self.left(flow, unsafe { &*at }, start, rip);
             }
             if self.stop_at.is_null() {
                 return End::Boundary;
             }
             if self.budget == 0 {
                 return End::Limit;
+            }
+        }
+    }
+
+    /// After an instruction that ended its block in any other way than by a branch.
+    #[inline(never)]
+    fn left(&mut self, flow: Flow, insn: &Insn, start: *const Insn, rip: u64) -> End {
+        let at = std::ptr::from_ref(insn);
+        let own = rip.wrapping_add(u64::from(insn.off));
+        match flow {
+            Flow::Again => {
+                self.retire(at, start);
+                self.cpu.rip = self.wrap_ip(own);
+                if self.budget == 0 { End::Limit } else { End::Boundary }
+            }
+            Flow::LeaveJump => {
+                self.retire(at.wrapping_add(1), start);
+                End::FarJump
+            }
+            _ => {
+                self.retire(at.wrapping_add(1), start);
+                self.cpu.rip = self.wrap_ip(own.wrapping_add(u64::from(insn.len)));
+                End::Boundary
             }
         }
     }
