@@ -1,6 +1,9 @@
 //! From bytes to [`Insn`]: iced-x86 decodes, this module flattens its operands and asks the families for a handler.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    Mnemonic, OpAccess, OpKind, Register,
+};
 
 use crate::core::{Core, UD};
 use crate::exec;
@@ -121,7 +124,12 @@ fn insn(instr: &Instruction, size: CodeSize, off: u16) -> Insn {
             OpKind::FarBranch16 => i.imm = u64::from(instr.far_branch_selector()) << 32 | u64::from(instr.far_branch16()),
             OpKind::FarBranch32 => i.imm = u64::from(instr.far_branch_selector()) << 32 | u64::from(instr.far_branch32()),
             OpKind::Immediate8_2nd => i.imm |= u64::from(instr.immediate8_2nd()) << 16,
-            OpKind::Memory => memory(instr, size, &mut i),
+            OpKind::Memory => {
+                memory(instr, size, &mut i);
+                if size != CodeSize::Bits64 {
+                    i.shift |= access(instr, n);
+                }
+            }
             OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => implicit(instr, size, AddrSize::A16, &mut i),
             OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => implicit(instr, size, AddrSize::A32, &mut i),
             OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => implicit(instr, size, AddrSize::A64, &mut i),
@@ -206,6 +214,17 @@ fn memory(instr: &Instruction, size: CodeSize, i: &mut Insn) {
     };
     i.base = gpr(base);
     i.index = if index.is_gpr() { index.number() as u8 } else { GPR_ZERO };
+}
+
+/// What an access is, as [`Insn::shift`] has it.
+fn access(instr: &Instruction, operand: u32) -> u8 {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info_options(instr, InstructionInfoOptions::NO_REGISTER_USAGE);
+    let write =
+        matches!(info.op_access(operand), OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+    let bytes = instr.memory_size().size() as u32;
+    let len = if bytes == 0 { 0 } else { bytes.ilog2() as u8 + 1 };
+    len << 4 | u8::from(write) << 3
 }
 
 fn handler(instr: &Instruction) -> Handler {

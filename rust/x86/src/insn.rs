@@ -58,7 +58,8 @@ pub struct Insn {
     /// GPR numbers, `GPR_ZERO` where there is none.
     pub base: u8,
     pub index: u8,
-    /// log2 of the scale.
+    /// Bits 0–1: log2 of the scale. Outside 64-bit code also what the memory operand is, for segment limits: bit 3 it is
+    /// written, bits 4–7 1 + log2 of its bytes (0: not known).
     pub shift: u8,
     /// Segment whose base is added (`SEG_FLAT` where it is known to be 0).
     pub seg: u8,

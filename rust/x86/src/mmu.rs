@@ -5,7 +5,7 @@ use vcpu::Space;
 
 use crate::core::{Core, Exception, GP, PF, Pending};
 use crate::insn::{AddrSize, Fault, Insn};
-use crate::state::{CodeSize, Cpu, flags};
+use crate::state::{CodeSize, Cpu, Segment, flags};
 use crate::tlb::{self, EXEC, GLOBAL, Tlb};
 
 const OFFSET: u64 = PAGE_SIZE - 1;
@@ -26,6 +26,10 @@ const CR4_PGE: u64 = 1 << 7;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
 const EFER_NXE: u64 = 1 << 11;
+
+/// Outside 64-bit code: a linear address with this bit stands for one that its segment forbids. It is in no TLB entry, so that
+/// the access comes to [`Core::translate`], which raises #GP (#SS for the stack).
+const FORBIDDEN: u64 = 1 << 63;
 
 /// What an access wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,9 +134,47 @@ impl Core {
     }
 
     #[inline(never)]
-    fn narrow_ea(&self, i: &Insn, offset: u64, seg: u64) -> u64 {
+    fn narrow_ea(&self, i: &Insn, offset: u64, base: u64) -> u64 {
         let offset = if i.asize == AddrSize::A16 { offset & 0xffff } else { offset & 0xffff_ffff };
-        self.linear(seg, offset)
+        if self.cpu.code_size == CodeSize::Bits64 {
+            return base.wrapping_add(offset);
+        }
+        // `Insn::shift` says what the access is outside 64-bit code.
+        let len = if i.shift >> 4 == 0 { 1 } else { 1 << ((i.shift >> 4) - 1) };
+        self.segmented(usize::from(i.seg), offset, len, i.shift & 8 != 0)
+    }
+
+    /// Linear address of `len` bytes at `offset` of segment `seg` (as [`Insn::seg`] has it) in any mode.
+    #[inline(always)]
+    pub fn address(&self, seg: usize, offset: u64, len: u64, write: bool) -> u64 {
+        if self.cpu.code_size == CodeSize::Bits64 {
+            return self.cpu.seg_base[seg & 7].wrapping_add(offset);
+        }
+        self.segmented(seg, offset, len, write)
+    }
+
+    /// Linear address of `len` bytes at `offset` of a segment outside 64-bit code. What the segment forbids becomes an address
+    /// that no access survives: see [`FORBIDDEN`].
+    pub fn segmented(&self, seg: usize, offset: u64, len: u64, write: bool) -> u64 {
+        let s = &self.cpu.seg[seg % 6];
+        // Writable data, expanding up, 4 GiB: nothing to check.
+        let flat = s.limit == u32::MAX && s.attr & (Segment::UNUSABLE | 0xe) == 2;
+        if flat || self.permits(s, offset, len, write) {
+            return s.base.wrapping_add(offset) & 0xffff_ffff;
+        }
+        FORBIDDEN | offset
+    }
+
+    fn permits(&self, s: &Segment, offset: u64, len: u64, write: bool) -> bool {
+        if self.cpu.protected() && !self.cpu.v8086() {
+            let (code, bit1) = (s.type_() & 8 != 0, s.type_() & 2 != 0);
+            // Code is never written and read only when readable; data is written only when writable.
+            let right = if code { !write && bit1 } else { !write || bit1 };
+            if s.attr & Segment::UNUSABLE != 0 || !right {
+                return false;
+            }
+        }
+        s.holds(offset, len)
     }
 
     /// `base + offset`, cut to 32 bits outside 64-bit code.
@@ -274,7 +316,7 @@ impl Core {
     /// Linear addresses have 32 bits unless long mode is active.
     #[inline(always)]
     fn wrap(&self, lin: u64) -> u64 {
-        if self.cpu.long_mode() { lin } else { lin & 0xffff_ffff }
+        if self.cpu.long_mode() { lin } else { lin & (FORBIDDEN | 0xffff_ffff) }
     }
 
     #[cold]
@@ -394,6 +436,10 @@ impl Core {
         };
         if hit {
             return Ok(e.phys & !OFFSET | lin & OFFSET);
+        }
+        if lin & FORBIDDEN != 0 && !self.cpu.long_mode() {
+            self.noncanonical = true;
+            return Err(self.raise(GP, Some(0)));
         }
         let found = self.walk(lin, kind, user, rights)?;
         let phys = found.phys & !OFFSET | lin & OFFSET;

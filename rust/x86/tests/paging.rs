@@ -260,3 +260,37 @@ fn no_paging() {
     assert_eq!(m.run(), None);
     assert_eq!(*m.gpr(RAX), 0x42);
 }
+
+/// What an access of `len` bytes at `offset` of DS runs into.
+fn through_ds(m: &mut Machine, offset: u64, len: u64, write: bool) -> Option<u8> {
+    let at = m.core.segmented(x86::state::DS, offset, len, write);
+    let result = if write { m.core.store8(at, 0) } else { m.core.load8(at).map(|_| ()) };
+    match (result, m.core.fault.take()) {
+        (Ok(()), _) => None,
+        (Err(_), Some(x86::core::Pending::Exception(e))) => Some(e.vector),
+        (_, other) => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn segments_outside_64_bit_code() {
+    let mut m = Machine::new(&[]);
+    protected(&mut m);
+    m.core.cpu.cr0 &= !(1 << 31);
+    m.core.flush_tlb_all();
+    let ds = x86::state::DS;
+    m.core.cpu.seg[ds].limit = 0xfff;
+    assert_eq!(through_ds(&mut m, 0xfff, 1, false), None);
+    assert_eq!(through_ds(&mut m, 0xfff, 2, false), Some(13));
+    assert_eq!(through_ds(&mut m, 0x1000, 1, true), Some(13));
+    // Expand-down: only above the limit.
+    m.core.cpu.seg[ds].attr = 0xc097;
+    assert_eq!(through_ds(&mut m, 0xfff, 1, false), Some(13));
+    assert_eq!(through_ds(&mut m, 0x1000, 1, true), None);
+    // Read-only data, execute-only code, and no segment at all.
+    m.core.cpu.seg[ds].limit = u32::MAX;
+    for (attr, read, write) in [(0xc091, None, Some(13)), (0xc099, Some(13), Some(13)), (0x1_0000, Some(13), Some(13))] {
+        m.core.cpu.seg[ds].attr = attr;
+        assert_eq!((through_ds(&mut m, 0, 1, false), through_ds(&mut m, 0, 1, true)), (read, write), "{attr:#x}");
+    }
+}

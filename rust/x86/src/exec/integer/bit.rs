@@ -40,7 +40,7 @@ fn bit_string<T: Int, const OP: u8>(core: &mut Core, i: &Insn) -> Result<Flow, F
         AddrSize::A32 => offset & 0xffff_ffff,
         AddrSize::A16 => offset & 0xffff,
     };
-    let at = core.linear(core.cpu.seg_base[usize::from(i.seg & 7)], offset);
+    let at = core.address(usize::from(i.seg), offset, T::SIZE, OP != TEST);
     let n = n as u64 & u64::from(T::BITS - 1);
     let old: T = if OP == TEST { core.load(at)? } else { core.modify(at, |v: T| (change::<T, OP>(v, n), v))? };
     core.cpu.set_cf(old.zext() >> n & 1 != 0);

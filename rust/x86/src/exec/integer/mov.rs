@@ -119,8 +119,7 @@ fn xlat(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
         AddrSize::A32 => offset & 0xffff_ffff,
         AddrSize::A16 => offset & 0xffff,
     };
-    let base = core.cpu.seg_base[usize::from(i.seg & 7)];
-    let v = core.load8(core.linear(base, offset))?;
+    let v = core.load8(core.address(usize::from(i.seg), offset, 1, false))?;
     core.cpu.set_r8(0, v);
     Ok(Flow::Next)
 }

@@ -8,7 +8,7 @@ use super::operand::Int;
 use crate::core::Core;
 use crate::insn::{AddrSize, Fault, Flow, Handler, Insn, REP, REPNE};
 use crate::state::flags::DF;
-use crate::state::{CodeSize, ES, RAX, RCX, RDI, RSI, SEG_FLAT};
+use crate::state::{CodeSize, ES, RAX, RCX, RDI, RSI, Segment};
 
 /// Bits of index and count registers that count.
 #[inline(always)]
@@ -30,14 +30,15 @@ fn set(core: &mut Core, i: &Insn, r: usize, v: u64) {
 }
 
 #[inline(always)]
-fn source(core: &Core, i: &Insn) -> u64 {
-    core.linear(core.cpu.seg_base[usize::from(i.seg & 7)], core.cpu.gpr[RSI] & mask(i))
+fn source<T: Int>(core: &Core, i: &Insn) -> u64 {
+    let offset = core.cpu.gpr[RSI] & mask(i);
+    core.address(usize::from(i.seg), offset, T::SIZE, false)
 }
 
 #[inline(always)]
-fn target(core: &Core, i: &Insn) -> u64 {
-    let es = if core.cpu.code_size == CodeSize::Bits64 { SEG_FLAT } else { ES };
-    core.linear(core.cpu.seg_base[es], core.cpu.gpr[RDI] & mask(i))
+fn target<T: Int>(core: &Core, i: &Insn, write: bool) -> u64 {
+    let offset = core.cpu.gpr[RDI] & mask(i);
+    if core.cpu.code_size == CodeSize::Bits64 { offset } else { core.segmented(ES, offset, T::SIZE, write) }
 }
 
 /// Moves an index register by `n` elements.
@@ -51,13 +52,18 @@ fn advance<T: Int>(core: &mut Core, i: &Insn, r: usize, n: u64) {
 
 /// How many elements up from `offset` (an index register) lie in one page and do not wrap the address size; 0 with DF.
 #[inline(always)]
-fn run<T: Int>(core: &Core, i: &Insn, linear: u64, offset: u64) -> u64 {
+fn run<T: Int>(core: &Core, i: &Insn, seg: usize, linear: u64, offset: u64) -> u64 {
     if core.cpu.flags & DF != 0 {
         return 0;
     }
     let mut bytes = PAGE_SIZE - (linear & (PAGE_SIZE - 1));
     if i.asize != AddrSize::A64 {
         bytes = bytes.min((mask(i) - (offset & mask(i))).wrapping_add(1));
+    }
+    if core.cpu.code_size != CodeSize::Bits64 {
+        let s = &core.cpu.seg[seg % 6];
+        let expands_down = s.attr & (Segment::UNUSABLE | 0xc) == 4;
+        bytes = if expands_down { 0 } else { bytes.min((u64::from(s.limit) + 1).saturating_sub(offset & mask(i))) };
     }
     bytes / T::SIZE
 }
@@ -83,15 +89,21 @@ struct Scas;
 impl Str for Movs {
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
-        let v: T = core.load(source(core, i))?;
-        core.store(target(core, i), v)?;
+        let v: T = core.load(source::<T>(core, i))?;
+        core.store(target::<T>(core, i, true), v)?;
         advance::<T>(core, i, RSI, 1);
         advance::<T>(core, i, RDI, 1);
         Ok(())
     }
     fn many<T: Int>(core: &mut Core, i: &Insn, most: u64) -> u64 {
-        let (from, to) = (source(core, i), target(core, i));
-        let n = most.min(run::<T>(core, i, from, core.cpu.gpr[RSI])).min(run::<T>(core, i, to, core.cpu.gpr[RDI]));
+        let (from, to) = (source::<T>(core, i), target::<T>(core, i, true));
+        let n = most.min(run::<T>(core, i, usize::from(i.seg), from, core.cpu.gpr[RSI])).min(run::<T>(
+            core,
+            i,
+            ES,
+            to,
+            core.cpu.gpr[RDI],
+        ));
         if n < 2 {
             return 0;
         }
@@ -124,13 +136,13 @@ impl Str for Movs {
 impl Str for Stos {
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
-        core.store(target(core, i), T::of(core.cpu.gpr[RAX]))?;
+        core.store(target::<T>(core, i, true), T::of(core.cpu.gpr[RAX]))?;
         advance::<T>(core, i, RDI, 1);
         Ok(())
     }
     fn many<T: Int>(core: &mut Core, i: &Insn, most: u64) -> u64 {
-        let to = target(core, i);
-        let n = most.min(run::<T>(core, i, to, core.cpu.gpr[RDI]));
+        let to = target::<T>(core, i, true);
+        let n = most.min(run::<T>(core, i, ES, to, core.cpu.gpr[RDI]));
         if n < 2 {
             return 0;
         }
@@ -155,7 +167,7 @@ impl Str for Stos {
 impl Str for Lods {
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
-        let v: T = core.load(source(core, i))?;
+        let v: T = core.load(source::<T>(core, i))?;
         T::set(&mut core.cpu, RAX as u8, v);
         advance::<T>(core, i, RSI, 1);
         Ok(())
@@ -173,8 +185,8 @@ impl Str for Cmps {
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
         // Silicon looks at ES:rDI first.
-        let b: T = core.load(target(core, i))?;
-        let a: T = core.load(source(core, i))?;
+        let b: T = core.load(target::<T>(core, i, false))?;
+        let a: T = core.load(source::<T>(core, i))?;
         compare(core, a, b);
         advance::<T>(core, i, RSI, 1);
         advance::<T>(core, i, RDI, 1);
@@ -186,7 +198,7 @@ impl Str for Scas {
     const COMPARES: bool = true;
     #[inline(always)]
     fn one<T: Int>(core: &mut Core, i: &Insn) -> Result<(), Fault> {
-        let b: T = core.load(target(core, i))?;
+        let b: T = core.load(target::<T>(core, i, false))?;
         compare(core, T::get(&core.cpu, RAX as u8), b);
         advance::<T>(core, i, RDI, 1);
         Ok(())
