@@ -24,6 +24,39 @@ pub fn from_int(v: i64) -> F80 {
     F80 { mantissa: m << shift, sign_exp: (0x3fff + 63 - shift as u16) | if v < 0 { 0x8000 } else { 0 } }
 }
 
+/// A double that needs no care (normal or zero): exact, no exception.
+#[inline(always)]
+fn from_double(v: u64) -> Option<F80> {
+    let sign = (v >> 48) as u16 & 0x8000;
+    match (v >> 52 & 0x7ff, v << 12) {
+        (0, 0) => Some(F80 { mantissa: 0, sign_exp: sign }),
+        (0 | 0x7ff, _) => None,
+        (exp, fraction) => Some(F80 { mantissa: 1 << 63 | fraction >> 1, sign_exp: sign | (exp as u16 + 0x3c00) }),
+    }
+}
+
+/// The way back, for values that a double holds exactly as a normal number.
+#[inline(always)]
+fn to_double(v: &F80) -> Option<u64> {
+    let exp = (v.sign_exp & 0x7fff).wrapping_sub(0x3c00);
+    let fits = v.mantissa >> 63 == 1 && v.mantissa & 0x7ff == 0 && exp.wrapping_sub(1) < 0x7fe;
+    fits.then(|| u64::from(v.sign_exp >> 15) << 63 | u64::from(exp) << 52 | v.mantissa << 1 >> 12)
+}
+
+fn load_double(cw: u16, v: u64) -> (F80, u16) {
+    match from_double(v) {
+        Some(v) => (v, 7 << 11),
+        None => host::fld_m64(cw, v),
+    }
+}
+
+fn store_double(cw: u16, v: &F80) -> (u64, u16) {
+    match to_double(v) {
+        Some(v) => (v, 0),
+        None => host::fst_m64(cw, v),
+    }
+}
+
 /// Pushes what a converting load gives; an unmasked invalid operand is not pushed.
 #[inline(always)]
 fn load<M>(f: &mut Fpu, m: M, op: fn(u16, M) -> (F80, u16)) {
@@ -157,8 +190,8 @@ macro_rules! loads_int {
 }
 
 macro_rules! stores {
-    ($store:ident, $indefinite:expr, $op:ident, $pops:literal) => {
-        fm!(|c, _i, a| store(c, $indefinite, host::$op, $pops, a, |c, m| c.$store(a, m))?)
+    ($store:ident, $indefinite:expr, $op:path, $pops:literal) => {
+        fm!(|c, _i, a| store(c, $indefinite, $op, $pops, a, |c, m| c.$store(a, m))?)
     };
 }
 
@@ -173,7 +206,7 @@ pub fn select(i: &Instruction) -> Option<Handler> {
     use Code::*;
     Some(match i.code() {
         Fld_m32fp => loads!(load32, host::fld_m32),
-        Fld_m64fp => loads!(load64, host::fld_m64),
+        Fld_m64fp => loads!(load64, load_double),
         Fld_m80fp => fm!(|c, _i, a| {
             let mut b = [0; 10];
             c.load_bytes(a, &mut b)?;
@@ -197,20 +230,20 @@ pub fn select(i: &Instruction) -> Option<Handler> {
         Fldlg2 => fr!(|c, _i| constant(&mut c.cpu.fpu, host::fldlg2)),
         Fldln2 => fr!(|c, _i| constant(&mut c.cpu.fpu, host::fldln2)),
 
-        Fst_m32fp => stores!(store32, NAN32, fst_m32, false),
-        Fstp_m32fp => stores!(store32, NAN32, fst_m32, true),
-        Fst_m64fp => stores!(store64, NAN64, fst_m64, false),
-        Fstp_m64fp => stores!(store64, NAN64, fst_m64, true),
+        Fst_m32fp => stores!(store32, NAN32, host::fst_m32, false),
+        Fstp_m32fp => stores!(store32, NAN32, host::fst_m32, true),
+        Fst_m64fp => stores!(store64, NAN64, store_double, false),
+        Fstp_m64fp => stores!(store64, NAN64, store_double, true),
         Fstp_m80fp => fm!(|c, _i, a| store(c, bytes10(&INDEFINITE), raw, true, a, |c, m| c.store_bytes(a, &m))?),
         Fbstp_m80bcd => fm!(|c, _i, a| store(c, BCD, host::fbstp, true, a, |c, m| c.store_bytes(a, &m))?),
-        Fist_m16int => stores!(store16, INT16, fist_m16, false),
-        Fistp_m16int => stores!(store16, INT16, fist_m16, true),
-        Fist_m32int => stores!(store32, INT32, fist_m32, false),
-        Fistp_m32int => stores!(store32, INT32, fist_m32, true),
-        Fistp_m64int => stores!(store64, INT64, fist_m64, true),
-        Fisttp_m16int => stores!(store16, INT16, fisttp_m16, true),
-        Fisttp_m32int => stores!(store32, INT32, fisttp_m32, true),
-        Fisttp_m64int => stores!(store64, INT64, fisttp_m64, true),
+        Fist_m16int => stores!(store16, INT16, host::fist_m16, false),
+        Fistp_m16int => stores!(store16, INT16, host::fist_m16, true),
+        Fist_m32int => stores!(store32, INT32, host::fist_m32, false),
+        Fistp_m32int => stores!(store32, INT32, host::fist_m32, true),
+        Fistp_m64int => stores!(store64, INT64, host::fist_m64, true),
+        Fisttp_m16int => stores!(store16, INT16, host::fisttp_m16, true),
+        Fisttp_m32int => stores!(store32, INT32, host::fisttp_m32, true),
+        Fisttp_m64int => stores!(store64, INT64, host::fisttp_m64, true),
 
         Fst_sti => fr!(|c, i| copy(&mut c.cpu.fpu, st(i, 0), false)),
         Fstp_sti | Fstp_sti_DFD0 | Fstp_sti_DFD8 => fr!(|c, i| copy(&mut c.cpu.fpu, st(i, 0), true)),
@@ -264,5 +297,28 @@ mod tests {
         for v in [5i64, 1 << 40, -(1 << 62) + 7, i64::MAX] {
             assert_eq!(host::fist_m64(0x37f, &from_int(v)).0 as i64, v);
         }
+    }
+
+    #[test]
+    fn doubles_as_the_host_converts_them() {
+        let mut seed = 1u64;
+        let mut exact = 0;
+        for n in 0..100_000u64 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let v = if n & 1 == 0 { seed } else { (n as f64 * 0.125).to_bits() };
+            if let Some(f) = from_double(v) {
+                assert_eq!(f, host::fld_m64(0x37f, v).0, "{v:x}");
+            }
+            let exp = 0x3bf0 + (seed >> 40) as u16 % 0x820;
+            let f = F80 { mantissa: seed | 1 << 63, sign_exp: exp | (seed >> 7) as u16 & 0x8000 };
+            for f in [f, F80 { mantissa: f.mantissa & !0x7ff, ..f }, F80 { mantissa: 1 << 63, ..f }] {
+                if let Some(v) = to_double(&f) {
+                    let (want, sw) = host::fst_m64(0x37f, &f);
+                    assert_eq!((v, 0), (want, sw & 0x23f), "{f:x?}");
+                    exact += 1;
+                }
+            }
+        }
+        assert!(exact > 100_000, "{exact}");
     }
 }

@@ -21,19 +21,52 @@ fn fx_gate(c: &mut Core) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The image's address. AMD looks at its last byte first.
-fn fx_address(c: &mut Core, i: &Insn, write: bool) -> Result<u64, Fault> {
+/// Checks of the image's address; whether it lies in one page.
+fn fx_address(c: &mut Core, i: &Insn) -> Result<(u64, bool), Fault> {
     let a = c.ea(i);
-    if a & 15 != 0 {
-        return Err(c.raise(GP, Some(0)));
-    }
+    if a & 15 != 0 { Err(c.raise(GP, Some(0))) } else { Ok((a, a & 0xfff <= 0xe00)) }
+}
+
+/// A fault names the image's last byte on AMD: makes it so for one that hit elsewhere.
+#[cold]
+fn fx_fault(c: &mut Core, a: u64, write: bool) -> Result<(), Fault> {
+    c.fault = None;
     let last = c.linear(a, 511);
-    if write {
-        c.probe_write(last, 1)?
-    } else {
-        c.probe_read(last, 1)?
+    if write { c.probe_write(last, 1) } else { c.probe_read(last, 1) }
+}
+
+fn store_image(c: &mut Core, a: u64, one_page: bool, b: &[u8]) -> Result<(), Fault> {
+    if !one_page {
+        fx_fault(c, a, true)?;
+        return c.store_bytes(a, b);
     }
-    Ok(a)
+    // Within a page the first store faults or none.
+    for (n, part) in b.chunks_exact(16).enumerate() {
+        let v = part.iter().rev().fold(0, |v, &b| v << 8 | u128::from(b));
+        if c.store128(a + 16 * n as u64, v).is_err() {
+            fx_fault(c, a, true)?;
+            c.store128(a + 16 * n as u64, v)?;
+        }
+    }
+    Ok(())
+}
+
+fn load_image(c: &mut Core, a: u64, one_page: bool, b: &mut [u8]) -> Result<(), Fault> {
+    if !one_page {
+        fx_fault(c, a, false)?;
+        return c.load_bytes(a, b);
+    }
+    for (n, part) in b.chunks_exact_mut(16).enumerate() {
+        let v = match c.load128(a + 16 * n as u64) {
+            Ok(v) => v,
+            Err(Fault) => {
+                fx_fault(c, a, false)?;
+                c.load128(a + 16 * n as u64)?
+            }
+        };
+        part.copy_from_slice(&v.to_le_bytes());
+    }
+    Ok(())
 }
 
 /// XMM registers in the image: none without CR4.OSFXSR, 8 outside 64-bit code. EFER.FFXSR is not in the profile.
@@ -76,20 +109,20 @@ fn image(c: &Core, wide: bool) -> [u8; IMAGE] {
 
 fn fxsave(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     fx_gate(c)?;
-    let a = fx_address(c, i, true)?;
+    let (a, one_page) = fx_address(c, i)?;
     let b = image(c, wide);
     // Without XMM registers in the image their part of memory keeps what it had.
     let used = 160 + 16 * xmm_count(c);
-    c.store_bytes(a, &b[..used])?;
+    store_image(c, a, one_page, &b[..used])?;
     Ok(Flow::Next)
 }
 
 fn fxrstor(c: &mut Core, i: &Insn, wide: bool) -> Result<Flow, Fault> {
     fx_gate(c)?;
-    let a = fx_address(c, i, false)?;
+    let (a, one_page) = fx_address(c, i)?;
     let count = xmm_count(c);
     let mut b = [0; IMAGE];
-    c.load_bytes(a, &mut b[..160 + 16 * count])?;
+    load_image(c, a, one_page, &mut b[..160 + 16 * count])?;
     let u16_at = |n: usize| u16::from_le_bytes([b[n], b[n + 1]]);
     let u32_at = |n: usize| u32::from(u16_at(n)) | u32::from(u16_at(n + 2)) << 16;
     let u64_at = |n: usize| u64::from(u32_at(n)) | u64::from(u32_at(n + 4)) << 32;

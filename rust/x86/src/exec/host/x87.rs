@@ -11,15 +11,16 @@ use crate::state::F80;
 
 const DEFAULT: u16 = 0x37f;
 
-/// Runs instructions with the x87 state as working area. `fnclex` at the end drops what surplus pops may have raised.
+/// Runs instructions with the x87 state as working area. The first `fnclex` drops sticky flags that other code of this thread, or a
+/// surplus pop in `$after`, may have left.
 macro_rules! x87 {
     ([$($before:literal),*] $ins:expr, [$($after:literal),*], $($operands:tt)*) => {{
         let sw: u16;
         // SAFETY: the x87 stack is empty here (all of it is declared clobbered) and is empty again at the end; no exception can
         // be reported since only no-wait instructions run between `$ins` and `fnclex`; the pointers are to our own variables.
         unsafe {
-            asm!($($before,)* "fldcw word ptr [{cw}]", $ins, "fnstsw ax", "fnclex", "fldcw word ptr [{default}]", $($after,)*
-                 "fnclex", $($operands)*, default = in(reg) &DEFAULT, out("ax") sw,
+            asm!("fnclex", $($before,)* "fldcw word ptr [{cw}]", $ins, "fnstsw ax", "fnclex", "fldcw word ptr [{default}]", $($after,)*
+                 $($operands)*, default = in(reg) &DEFAULT, out("ax") sw,
                  out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
                  out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
         }
@@ -182,9 +183,8 @@ macro_rules! store {
         /// ST0 = `a`; what is stored (without meaning if an unmasked exception forbids the store).
         pub fn $name(cw: u16, a: &F80) -> ($ty, u16) {
             let mut m: $ty = $zero;
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["ffree st(0)"],
+            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["fstp st(0)"],
                           a = in(reg) a, m = in(reg) &mut m, cw = in(reg) &cw);
-            init();
             (m, sw)
         }
     )*};
@@ -192,7 +192,25 @@ macro_rules! store {
 
 store! {
     fst_m32 u32, 0, "fst dword ptr [{m}]"; fst_m64 u64, 0, "fst qword ptr [{m}]";
-    fist_m16 u16, 0, "fist word ptr [{m}]"; fist_m32 u32, 0, "fist dword ptr [{m}]"; fist_m64 u64, 0, "fistp qword ptr [{m}]";
-    fisttp_m16 u16, 0, "fisttp word ptr [{m}]"; fisttp_m32 u32, 0, "fisttp dword ptr [{m}]";
-    fisttp_m64 u64, 0, "fisttp qword ptr [{m}]"; fbstp [u8; 10], [0; 10], "fbstp tbyte ptr [{m}]";
+    fist_m16 u16, 0, "fist word ptr [{m}]"; fist_m32 u32, 0, "fist dword ptr [{m}]";
+}
+
+macro_rules! store_popping {
+    ($($name:ident $ty:ty, $zero:expr, $ins:literal;)*) => {$(
+        /// As the others, for instructions that only exist with a pop.
+        pub fn $name(cw: u16, a: &F80) -> ($ty, u16) {
+            let mut m: $ty = $zero;
+            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, [], a = in(reg) a, m = in(reg) &mut m, cw = in(reg) &cw);
+            if sw >> 11 & 7 != 0 {
+                init();
+            }
+            (m, sw)
+        }
+    )*};
+}
+
+store_popping! {
+    fist_m64 u64, 0, "fistp qword ptr [{m}]"; fisttp_m16 u16, 0, "fisttp word ptr [{m}]";
+    fisttp_m32 u32, 0, "fisttp dword ptr [{m}]"; fisttp_m64 u64, 0, "fisttp qword ptr [{m}]";
+    fbstp [u8; 10], [0; 10], "fbstp tbyte ptr [{m}]";
 }
