@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from _socket import AF_UNIX, SOCK_STREAM, socket
+from _socket import AF_UNIX, SHUT_WR, SOCK_STREAM, socket
 
 import pytest
 
@@ -198,4 +198,48 @@ def test_a_bug_in_an_action_is_a_500(path, monkeypatch, capsys):
         assert reply.status == 500
         assert reply.json() == ["Error from API", "Internal error: RuntimeError: boom"]
     assert "boom" in capsys.readouterr().err
+    ping(path)
+
+
+def test_bodies_up_to_4_mib(path):
+    with Connection(path, timeout=DEADLINE) as client:
+        whole = b"{" + b" " * ((4 << 20) - 2) + b"}"
+        reply = client.request("PUT", "/api/v1/vm.snapshot", whole)
+        assert reply.json() == [
+            "Failed to deserialize JSON",
+            f"missing field `destination_url` at line 1 column {4 << 20}",
+        ]
+
+
+def test_mutated_requests_never_end_the_server(path):
+    import random
+
+    chance = random.Random(53)
+    seeds = [
+        b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",
+        b'PUT /api/v1/vm.create HTTP/1.1\r\nContent-Length: 27\r\n\r\n{"payload":{"kernel":"k"} }',
+        b'PUT /api/v1/vm.restore HTTP/1.1\r\nContent-Length: 27\r\n\r\n{"source_url":"file:///tmp"}',
+        b"PUT /api/v1/vm.pause HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n",
+    ]
+    for _ in range(400):
+        data = bytearray(chance.choice(seeds) * chance.randint(1, 2))
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(data))
+            match chance.randrange(4):
+                case 0:
+                    data[at] = chance.randrange(256)
+                case 1:
+                    del data[at : at + chance.randint(1, 8)]
+                case 2:
+                    data[at:at] = bytes(chance.randrange(256) for _ in range(chance.randint(1, 8)))
+                case _:
+                    data[at:at] = data[: chance.randint(1, 20)]
+            data = data or bytearray(b"x")
+        if b"shutdown" in data:
+            continue
+        sock = raw(path)
+        sock.sendall(data)
+        sock.shutdown(SHUT_WR)
+        reply = all_of(sock)
+        assert reply == b"" or reply.startswith(b"HTTP/1.1 ")
     ping(path)
