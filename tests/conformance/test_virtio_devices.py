@@ -10,7 +10,18 @@ import pytest
 
 from freezeframe import _core
 from freezeframe.errors import Incompatible, Refused
-from freezeframe.testing.virtio_driver import CONFIG, EVENT_IDX, INDIRECT, NEEDS_RESET, VERSION_1, Driver, Host, saved
+from freezeframe.store import SnapshotReader, write_snapshot
+from freezeframe.testing.virtio_driver import (
+    CONFIG,
+    EVENT_IDX,
+    INDIRECT,
+    NEEDS_RESET,
+    RAM,
+    VERSION_1,
+    Driver,
+    Host,
+    saved,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -98,6 +109,27 @@ def test_the_end_of_the_disk_is_the_end(tmp_path) -> None:
     assert disk.request(IN, 9, room=1024)[0] == IOERR
     assert disk.request(IN, 0, room=100)[0] == IOERR
     assert disk.path.stat().st_size == 10 * 512 + 100
+
+
+def test_a_transfer_that_would_take_for_ever_is_refused(tmp_path) -> None:
+    disk = Disk(tmp_path / "disk")
+    with disk.path.open("r+b") as file:
+        file.truncate(1 << 40)
+    disk.device = disk.build(None)
+    disk.driver = Driver(disk.device, disk.host)
+    disk.start(size=64)
+    ring, status = disk.driver.rings[0], disk.driver.allocate(1)
+    head = disk.driver.place(struct.pack("<IIQ", IN, 0, 0))
+    ring.add([(head, 16, False), *[(0x400000, 4 << 20, True)] * 61, (status, 1, True)])
+    ring.notify()
+    assert disk.host.memory.read(status, 1) == bytes([OK])
+    ring.next_desc = 0
+    ring.add([(head, 16, False), *[(0x400000, 4 << 20, True)] * 62, (status, 1, True)], indirect=True)
+    ring.notify()
+    assert disk.host.memory.read(status, 1) == bytes([OK])
+    ring.add([(head, 16, False), *[(0x400000, 4 << 20, True)] * 65, (status, 1, True)], indirect=True)
+    ring.notify()
+    assert disk.host.memory.read(status, 1) == bytes([IOERR])
 
 
 def test_read_only(tmp_path) -> None:
@@ -271,6 +303,15 @@ def test_console_output_that_nobody_took_moves_with_the_machine() -> None:
     assert os.read(reader, 100) == b"in between "
 
 
+def test_console_chains_have_a_bound() -> None:
+    line = Line()
+    ring = line.driver.rings[1]
+    ring.add([(0, 4 << 20, False)])
+    ring.notify()
+    assert line.driver.status() & NEEDS_RESET
+    assert "transmit" in str(line.device.fault())
+
+
 def test_console_size() -> None:
     line = Line(size=(80, 25))
     assert line.driver.offered() & 1
@@ -335,3 +376,33 @@ def test_a_dry_source_of_randomness_is_told(tmp_path) -> None:
     driver.rings[0].notify()
     assert driver.status() & NEEDS_RESET
     assert "randomness" in str(device.fault())
+
+
+@pytest.mark.parametrize("what", ["ring", "buffer"])
+def test_damaged_snapshot_memory_stops_the_machine_before_a_device_uses_it(tmp_path, what: str) -> None:
+    disk = Disk(tmp_path / "disk").start()
+    ring = disk.driver.rings[0]
+    data = 0x300000
+    disk.host.memory.write(data, b"precious" * 64)
+    head = disk.driver.place(struct.pack("<IIQ", OUT, 0, 0))
+    ring.add([(head, 16, False), (data, 512, False), (disk.driver.allocate(1), 1, True)])
+    directory = tmp_path / "snapshot"
+    directory.mkdir()
+    write_snapshot(directory, config={"memory": {"size": RAM}}, state={}, memory=disk.host.memory, engine="software")
+    with (directory / "memory-region-0").open("r+b") as file:
+        file.seek(ring.avail if what == "ring" else data)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    state = saved(disk.device)
+    with SnapshotReader.open(directory) as reader:
+        disk.host = Host(reader.open_memory("ondemand"))
+    device = disk.build(state)
+    host = disk.host
+    bus, clock = _core.Bus(host.control), _core.Clock(2_000_000, 0)
+    engine = _core.Engine.software(host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46)
+    device.resume()
+    kind, code, message = engine.run()
+    assert (kind, code) == ("failed", "damaged")
+    assert "memory-region-0" in str(message)
+    assert disk.path.read_bytes() == bytes(1 << 20)

@@ -41,6 +41,8 @@ const MAX_RANGES: u32 = 16;
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 /// Kept small: where the file system has no such operation the zeros are really written.
 const MAX_ZERO_SECTORS: u32 = 1 << 16;
+/// Bytes in one read or write: far beyond what drivers ask for, and no more than the machine can wait for at a pause.
+const MAX_TRANSFER: u64 = 256 << 20;
 
 #[derive(Debug, Clone)]
 pub struct BlkConfig {
@@ -216,7 +218,7 @@ impl Blk {
     }
 
     fn read(&mut self, queues: &Queues<'_>, chain: &Chain, sector: u64, len: u64) -> Result<(u8, u64), Fault> {
-        let Some(offset) = self.offset(sector, len) else { return Ok((S_IOERR, 0)) };
+        let Some(offset) = self.offset(sector, len).filter(|_| len <= MAX_TRANSFER) else { return Ok((S_IOERR, 0)) };
         let started = Instant::now();
         let mut ranges = chain::iovecs(queues.memory, &chain.writable, 0, len)?;
         let result = self.disk.read(&mut ranges, offset);
@@ -230,7 +232,8 @@ impl Blk {
     }
 
     fn write(&mut self, queues: &Queues<'_>, chain: &Chain, sector: u64, len: u64) -> Result<u8, Fault> {
-        let Some(offset) = self.offset(sector, len).filter(|_| !self.disk.read_only()) else { return Ok(S_IOERR) };
+        let fits = len <= MAX_TRANSFER && !self.disk.read_only();
+        let Some(offset) = self.offset(sector, len).filter(|_| fits) else { return Ok(S_IOERR) };
         let started = Instant::now();
         let mut ranges = chain::iovecs(queues.memory, &chain.readable, 16, len)?;
         let mut result = self.disk.write(&mut ranges, offset);

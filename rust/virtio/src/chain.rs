@@ -70,25 +70,11 @@ pub fn write(memory: &GuestMemory, segments: &[Segment], skip: u64, data: &[u8])
     Ok(done)
 }
 
-/// Host ranges of the part `skip..skip + len`, neighbours joined, for `preadv`/`pwritev`. All of it is RAM and loaded.
+/// Host ranges of the part `skip..skip + len` for `preadv`/`pwritev`. All of it is RAM and loaded.
 pub fn iovecs(memory: &GuestMemory, segments: &[Segment], skip: u64, len: u64) -> Result<Vec<libc::iovec>, Fault> {
-    let mut list: Vec<libc::iovec> = Vec::new();
-    for (gpa, size) in slice(segments, skip, len) {
-        let mut done = 0;
-        while done < size {
-            let at = gpa.wrapping_add(done);
-            let page = memory.host_page(at)?.ok_or_else(|| Fault::driver(format!("buffer {gpa:#x}+{size:#x} is not RAM")))?;
-            let offset = at % PAGE_SIZE;
-            let n = (PAGE_SIZE - offset).min(size - done) as usize;
-            let base = page.as_ptr().wrapping_add(offset as usize);
-            match list.last_mut() {
-                Some(last) if last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == base => last.iov_len += n,
-                _ => list.push(libc::iovec { iov_base: base.cast(), iov_len: n }),
-            }
-            done += n as u64;
-        }
-    }
-    Ok(list)
+    slice(segments, skip, len)
+        .map(|(gpa, n)| Ok(libc::iovec { iov_base: memory.host_range(gpa, n)?.as_ptr().cast(), iov_len: n as usize }))
+        .collect()
 }
 
 /// Says that the part `skip..skip + len` was written through [`iovecs`].

@@ -18,6 +18,9 @@ const RX: usize = 0;
 const TX: usize = 1;
 /// Bytes moved at a time.
 const PIECE: usize = 4096;
+/// Most bytes that one chain may hold. Drivers send pages; without a bound a chain that names all of RAM a thousand times
+/// over would keep the machine from being paused for an hour.
+const MOST: u64 = 1 << 20;
 
 /// The device's own part of the state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +106,10 @@ impl Console {
         while queues.pop(TX, chain)? {
             if !chain.writable.is_empty() {
                 return Err(Fault::driver("a writable buffer in the transmit queue"));
+            }
+            let total = chain::total(&chain.readable);
+            if total > MOST {
+                return Err(Fault::driver(format!("a chain of {total} bytes to transmit")));
             }
             let mut done = 0;
             loop {
