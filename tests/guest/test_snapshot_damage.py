@@ -60,7 +60,8 @@ def test_a_flipped_bit_stops_the_machine_at_first_touch(snapshot, tmp_path):
             rf"{snapshot}/memory-region-0, chunk {at // CHUNK}: its bytes are not the ones that were saved"
         )
         assert "BAD" not in vmm.console.text
-        assert "T " not in vmm.console.text  # the round that would have read it never ended
+        # The round that would have read it never ended; the one that the snapshot was taken in may have.
+        assert vmm.console.text.count("T ") <= 1
 
 
 def test_a_flipped_bit_is_found_at_once_by_copy(taken, snapshot, tmp_path):
