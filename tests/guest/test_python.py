@@ -55,6 +55,9 @@ def test_states(kernel, tmp_path):
         vm.serial.expect(r"T \d+\n")
     assert vm.state == "stopped"
     assert repr(vm) == "<Machine stopped>"
+    assert "T 2\n" in vm.serial.text
+    with pytest.raises(DeadlineExceeded):
+        vm.serial.expect("never", timeout=0.1)
     with pytest.raises(InvalidState):
         vm.pause()
     with kept.restore(resume=False, memory="copy", clock="freeze") as first, kept.restore() as second:

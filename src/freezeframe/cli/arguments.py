@@ -119,6 +119,11 @@ class Command:
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Values by option and positional name; what was not given is absent. A subcommand is under "command"."""
+        for argument in arguments:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                self.fail("invalid UTF-8 was detected in one or more arguments")
         return _Parse(self, list(arguments)).run()
 
 

@@ -75,6 +75,10 @@ class Console:
         self._device_id = device_id
         self._host: HostConsole | None = None
         self._reader: Reader | None = None
+        try:
+            self._end()
+        except (InvalidState, NotFound):
+            pass  # said again when it is used
 
     @property
     def text(self) -> str:
@@ -97,10 +101,15 @@ class Console:
         return self._end().expect(pattern, timeout)
 
     def _end(self) -> Reader:
-        """The reader of the host's end, made once; it stays when the guest resets and its devices are made anew."""
+        """The reader of the host's end, made once: it outlives the guest's resets, and the machine."""
         from freezeframe.backends.console import Console as Reader
 
-        host = self._machine.host_console(self._device_id)
+        try:
+            host = self._machine.host_console(self._device_id)
+        except InvalidState:
+            if self._reader is None:
+                raise
+            return self._reader
         if self._reader is None or host is not self._host:
             self._host = host
             keys: Any = _Keys(host)
@@ -136,8 +145,10 @@ class Machine:
         threading.Thread(target=self._watch, name="vmm", daemon=True).start()
 
     def _watch(self) -> None:
-        self._status = self._vmm.run()
-        self._ended.set()
+        try:
+            self._status = self._vmm.run()
+        finally:
+            self._ended.set()
 
     def __repr__(self) -> str:
         if self.state == "stopped":

@@ -97,6 +97,7 @@ def test_usage(remote, vmm):
             "error: invalid value 'x' for '--engine <engine>'\n  [possible values: auto, kvm, software]\n",
         ),
         (["--watchdog=1"], "error: unexpected value '1' for '--watchdog' found; no more were expected\n"),
+        (["--kernel", "\udcff"], "error: invalid UTF-8 was detected in one or more arguments\n"),
         (["stray"], "error: unexpected argument 'stray' found\n"),
         (["--cpus", "boot=1"], "  <--firmware <firmware>|--kernel <kernel>>\n"),
         (["--restore", "source_url=x", "--cpus", "boot=1"], "cannot be used with '--restore <restore>'"),
