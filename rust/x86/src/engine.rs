@@ -8,6 +8,7 @@ use vcpu::{Bus, Clock, Control, Engine, EngineError, EoiListener, IrqSink, Stop,
 
 use crate::cache::Cache;
 use crate::core::{Core, Pending, Shared};
+use crate::exec;
 use crate::run::RunExit;
 use crate::state::Activity;
 
@@ -62,6 +63,8 @@ impl SoftwareEngine {
         if !(32..=52).contains(&phys_bits) {
             return Err(EngineError::new("host", format!("{phys_bits} physical address bits: 32 to 52 are possible")));
         }
+        exec::host::supported()
+            .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
         let shared = Arc::new(Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi));
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
         Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0 })
