@@ -6,6 +6,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use memory::{GuestMemory, PAGE_SIZE};
 
 use crate::insn::Insn;
+use crate::run;
 use crate::state::CodeSize;
 
 /// Decoded instructions kept at most (40 bytes each); then everything is dropped. A Linux boot decodes 250 000.
@@ -67,7 +68,8 @@ pub struct Cache {
     insns: Vec<Insn>,
     blocks: Map<Key, Block>,
     pages: Map<u64, Vec<Key>>,
-    /// Changes whenever a block dies: every vCPU's jump cache is then stale.
+    /// Changes when the arena starts anew: every vCPU's jump cache is then stale. A block that dies alone leaves [`run::stale`] in
+    /// its place instead.
     generation: u64,
     /// Pages that became code since the machine started or [`Cache::forget_marks`], for TLBs of vCPUs that did not run meanwhile.
     marks: Vec<u64>,
@@ -133,7 +135,7 @@ impl Cache {
 
     fn kill(&mut self, key: Key) {
         if let Some(block) = self.blocks.remove(&key) {
-            self.generation += 1;
+            self.insns[block.span.start as usize].f = run::stale;
             let first = key.phys() & !(PAGE_SIZE - 1);
             for page in [first, block.second] {
                 if let Some(keys) = self.pages.get_mut(&page) {
@@ -196,7 +198,7 @@ struct Jump {
     span: Span,
 }
 
-/// Direct-mapped: linear address → block, valid for one set of translations (`key`).
+/// Direct-mapped: linear address → block, valid for one set of translations (`key`; that of global pages changes less often).
 pub(crate) struct JumpCache(Box<[Jump; JUMPS]>);
 
 impl Default for JumpCache {
@@ -213,9 +215,13 @@ impl JumpCache {
     }
 
     #[inline(always)]
-    pub fn get(&self, linear: u64, key: u64) -> Option<Span> {
+    pub fn get(&self, linear: u64, key: u64, global: u64) -> Option<Span> {
         let e = &self.0[Self::index(linear)];
-        (e.linear == linear && e.key == key).then_some(e.span)
+        (e.linear == linear && (e.key == key || e.key == global)).then_some(e.span)
+    }
+
+    pub fn forget(&mut self, linear: u64) {
+        self.0[Self::index(linear)].key = 0;
     }
 
     pub fn put(&mut self, linear: u64, key: u64, span: Span) {

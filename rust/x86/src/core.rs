@@ -113,8 +113,11 @@ pub struct Core {
     /// Number of the current set of translations as far as fetching goes; jump cache entries of others are stale.
     pub(crate) epoch: u64,
     pub(crate) jumps: JumpCache,
-    /// `epoch` with the mode: what a jump cache entry must match.
+    /// As `epoch`, for pages that are global: a CR3 write leaves them.
+    pub(crate) epoch_global: u64,
+    /// The epochs with the mode: one of them is what a jump cache entry must match.
     pub(crate) jump_key: u64,
+    pub(crate) jump_key_global: u64,
     /// CS base, 0 in 64-bit code.
     pub(crate) fetch_base: u64,
     /// First instruction of the running block.
@@ -154,9 +157,11 @@ impl Core {
             stop_at: std::ptr::null(),
             budget: 0,
             code_written: Vec::new(),
-            epoch: 1,
+            epoch: 3,
             jumps: JumpCache::default(),
+            epoch_global: 2,
             jump_key: 0,
+            jump_key_global: 0,
             fetch_base: 0,
             block_at: std::ptr::null(),
             generation: 0,
@@ -205,7 +210,8 @@ impl Core {
     /// CR3 was written: drops translations that are not global.
     pub fn flush_tlb(&mut self) {
         self.tlb.flush();
-        self.new_epoch();
+        self.epoch += 2;
+        self.set_jump_key();
     }
 
     /// CR0, CR4 or EFER paging bits were written, or the state was replaced: drops all translations.
@@ -222,14 +228,19 @@ impl Core {
         }
     }
 
+    /// Makes the whole jump cache stale.
     pub(crate) fn new_epoch(&mut self) {
-        self.epoch += 1;
+        self.epoch += 2;
+        self.epoch_global += 2;
         self.tlb.clear_fetched();
         self.set_jump_key();
     }
 
+    /// The epochs are odd and even numbers, so that the two keys never meet.
     fn set_jump_key(&mut self) {
-        self.jump_key = self.epoch << 3 | (self.cpu.code_size as u64) << 1 | u64::from(self.half != 0);
+        let mode = (self.cpu.code_size as u64) << 1 | u64::from(self.half != 0);
+        self.jump_key = self.epoch << 3 | mode;
+        self.jump_key_global = self.epoch_global << 3 | mode;
     }
 }
 

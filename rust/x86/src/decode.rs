@@ -47,6 +47,9 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
             }
             return Decoded::Block(off as u32);
         }
+        if instr.code() == Code::Pause && size == CodeSize::Bits64 {
+            exchange_not_pause(&mut instr, &bytes[off..decoder.position()]);
+        }
         out.push(insn(&instr, size, off as u16));
         // x87 instructions record their opcode bytes; no other part of them needs `imm`.
         if let (Some(fop), Some(last)) = (exec::fpu::opcode(&bytes[off..], size), out.last_mut()) {
@@ -57,6 +60,16 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
         }
     }
     Decoded::Block(decoder.position() as u32)
+}
+
+/// `F3 REX.B 90` is XCHG r8, rAX on silicon; the decoder calls everything with F3 a PAUSE.
+fn exchange_not_pause(instr: &mut Instruction, bytes: &[u8]) {
+    let tail = bytes.len().saturating_sub(2);
+    if bytes[tail] & 0xf1 == 0x41 {
+        let len = instr.len();
+        *instr = Decoder::new(64, &bytes[tail..], DecoderOptions::AMD).decode();
+        instr.set_len(len);
+    }
 }
 
 fn ends_block(instr: &Instruction) -> bool {

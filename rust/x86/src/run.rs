@@ -8,7 +8,7 @@ use crate::core::{Core, DB, Exception, GP, Pending, SS};
 use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
 use crate::insn::{Fault, Flow, Insn, STACK};
 use crate::mmu::{Kind, Rights};
-use crate::state::{Activity, CodeSize, GPR_BLOCK, flags};
+use crate::state::{Activity, CS, CodeSize, GPR_BLOCK, flags};
 
 /// Why [`Core::run`] came back; the vCPU is exact at an instruction boundary.
 #[derive(Debug, Clone)]
@@ -91,11 +91,17 @@ impl Core {
         if !stepping && self.cpu.shadow == 0 {
             return self.blocks(cache);
         }
-        self.cpu.shadow = 0;
+        let shadow = std::mem::take(&mut self.cpu.shadow);
         let rest = self.budget - 1;
         self.budget = 1;
         let mut end = self.blocks(cache);
+        let nothing_done = self.budget == 1;
         self.budget += rest;
+        if nothing_done && end != End::Fault {
+            // A stale block: its successor is executed next time.
+            self.cpu.shadow = shadow;
+            return end;
+        }
         if end == End::Limit {
             end = End::Boundary;
         }
@@ -118,6 +124,8 @@ impl Core {
         loop {
             match self.fault.take()? {
                 Pending::Exception(exception) => {
+                    // A single step trap ends a HLT.
+                    self.cpu.activity = Activity::Running;
                     if self.deliver(exception).is_ok() {
                         return None;
                     }
@@ -162,7 +170,7 @@ impl Core {
         loop {
             let rip = self.cpu.rip;
             let linear = self.linear(self.fetch_base, rip);
-            let span = match self.jumps.get(linear, self.jump_key) {
+            let span = match self.jumps.get(linear, self.jump_key, self.jump_key_global) {
                 Some(span) => span,
                 None => match self.lookup(cache, linear) {
                     Ok(span) => span,
@@ -291,21 +299,30 @@ impl Core {
     #[inline(never)]
     fn lookup(&mut self, cache: &mut Cache, linear: u64) -> Result<Span, Fault> {
         let size = self.cpu.code_size;
-        if size != CodeSize::Bits64 && self.cpu.rip > u64::from(self.cpu.seg[crate::state::CS].limit) {
+        if size != CodeSize::Bits64 && self.cpu.rip > u64::from(self.cpu.seg[CS].limit) {
             return Err(self.raise(GP, Some(0)));
         }
         let phys = self.fetch(linear)?;
-        let next_page = (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
         let key = Key::new(phys, size);
-        if let Some((span, second)) = cache.find(key) {
-            if second == u64::MAX {
-                self.remember(linear, span);
-                return Ok(span);
-            }
-            if self.fetch(next_page)? == second {
-                return Ok(span);
-            }
-        }
+        let span = match cache.find(key) {
+            Some((span, u64::MAX)) => span,
+            // An instruction that crosses into the next page depends on where that is now.
+            Some((span, second)) if self.fetch(next_page(linear))? == second => return Ok(span),
+            _ => match self.decode(cache, key, linear, phys)? {
+                (span, u64::MAX) => span,
+                (span, _) => return Ok(span),
+            },
+        };
+        self.tlb.note_fetch(linear);
+        let global = self.tlb.is_global(linear, self.half);
+        self.jumps.put(linear, if global { self.jump_key_global } else { self.jump_key }, span);
+        Ok(span)
+    }
+
+    /// Decodes the block at `linear`, which is at `phys`, and stores it. Also gives the second page of an instruction that crosses.
+    #[inline(never)]
+    fn decode(&mut self, cache: &mut Cache, key: Key, linear: u64, phys: u64) -> Result<(Span, u64), Fault> {
+        let size = self.cpu.code_size;
         let mut bytes = [0u8; MAX_INSNS * MAX_LEN];
         let rest = (PAGE_SIZE - (phys & (PAGE_SIZE - 1))) as usize;
         let have = rest.min(bytes.len());
@@ -314,31 +331,19 @@ impl Core {
         let mut second = u64::MAX;
         let mut decoded = decode::block(&bytes[..have], size, &mut insns);
         if decoded == Decoded::Short {
-            // The instruction crosses into the next page: a block of its own.
-            second = self.fetch(next_page)?;
+            second = self.fetch(next_page(linear))?;
             self.read_code(second, &mut bytes[rest..rest + MAX_LEN])?;
             decoded = decode::block(&bytes[..rest + MAX_LEN], size, &mut insns);
             insns.truncate(1);
         }
-        let span = match (decoded, insns.first()) {
-            (Decoded::Block(len), Some(first)) => {
-                let len = if second == u64::MAX { len } else { u32::from(first.len) };
-                let span = cache.insert(&self.shared.memory, key, &insns, len, second);
-                self.scratch = insns;
-                span
-            }
-            _ => return Err(self.raise(GP, Some(0))),
+        let (Decoded::Block(len), Some(first)) = (decoded, insns.first()) else {
+            return Err(self.raise(GP, Some(0)));
         };
+        let len = if second == u64::MAX { len } else { u32::from(first.len) };
+        let span = cache.insert(&self.shared.memory, key, &insns, len, second);
+        self.scratch = insns;
         self.follow(cache);
-        if second == u64::MAX {
-            self.remember(linear, span);
-        }
-        Ok(span)
-    }
-
-    fn remember(&mut self, linear: u64, span: Span) {
-        self.tlb.note_fetch(linear);
-        self.jumps.put(linear, self.jump_key, span);
+        Ok((span, second))
     }
 
     fn fetch(&mut self, linear: u64) -> Result<u64, Fault> {
@@ -357,6 +362,16 @@ impl Core {
             }
         }
     }
+}
+
+fn next_page(linear: u64) -> u64 {
+    (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
+}
+
+/// Stands where a dead block began, for jump caches that still point there.
+pub(crate) fn stale(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+    core.jumps.forget(core.linear(core.fetch_base, core.cpu.rip));
+    Ok(Flow::Again)
 }
 
 fn memory_failure(error: &MemoryError) -> EngineError {

@@ -140,6 +140,12 @@ impl Tlb {
         ((hash >> 6) as usize & (FETCHED_WORDS - 1), 1 << (hash & 63))
     }
 
+    /// Whether the entry of `linear` is there and of a global page.
+    pub fn is_global(&self, linear: u64, half: usize) -> bool {
+        let e = &self.entries[Self::index(linear, half)];
+        e.tag_r == linear & !(PAGE_SIZE - 1) && e.phys & GLOBAL != 0
+    }
+
     /// Notes that a jump cache now relies on the translation of this page.
     pub fn note_fetch(&mut self, linear: u64) {
         let (word, bit) = Self::fetched_bit(linear);

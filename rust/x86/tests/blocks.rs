@@ -244,6 +244,18 @@ fn single_stepping_traps_after_every_instruction() {
 }
 
 #[test]
+fn stepping_over_changed_code_traps_once_for_each_instruction() {
+    // The routine of #DB counts in R8 and returns; the code changes its own next instruction each time round.
+    // l: mov byte [rip+1], cl; mov al, 0; dec ecx; jnz l; hlt
+    let mut m = Machine::new(&[0x88, 0x0d, 1, 0, 0, 0, 0xb0, 0, 0xff, 0xc9, 0x75, 0xf4, 0xf4]);
+    m.write(0x8010, &[0x49, 0xff, 0xc0, 0x48, 0xcf]); // inc r8; iretq
+    *m.gpr(RCX) = 3;
+    m.core.cpu.set_rflags(2 | flags::TF);
+    m.steps(3 * 12);
+    assert_eq!((*m.gpr(8), *m.gpr(RAX), m.core.cpu.rip), (12, 1, CODE + 12), "4 instructions, 3 times");
+}
+
+#[test]
 fn what_no_processor_of_the_profile_has_is_an_invalid_opcode() {
     for code in [&[0x0f, 0x0b][..], &[0xc5, 0xfc, 0x77], &[0xf0, 0x90], &[0x0f, 0x38, 0xf0, 0x00]] {
         let caught = Machine::new(code).run().unwrap();
