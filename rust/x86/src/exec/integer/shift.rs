@@ -183,7 +183,7 @@ fn shld<T: Int, D: Place, C: Count>(core: &mut Core, i: &Insn) -> Result<Flow, F
             ((all << n >> T::BITS) as u64, old >> (T::BITS - n) & 1 != 0)
         };
         let r = T::of(r);
-        (r, (r.sext(), shifted(cf, (T::BITS != 16 || n <= 16) && top::<T>(r.zext()) != cf)))
+        (r, (r.sext(), shifted(cf, if T::BITS == 16 && n >= 16 { cf } else { top::<T>(r.zext()) != cf })))
     })?;
     core.cpu.lf_res = res;
     core.cpu.lf_aux = aux;
