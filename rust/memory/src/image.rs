@@ -44,6 +44,9 @@ enum From {
 /// Chunks that a worker takes at a time: enough to keep two of them out of each other's way.
 const BATCH: usize = 16;
 
+/// Chunks after which the disk is set to work on what was written, while the other thread goes on hashing.
+const WRITEBACK: usize = 1024;
+
 #[derive(Default)]
 struct Done {
     digests: Vec<(u64, Digest)>,
@@ -95,6 +98,9 @@ impl GuestMemory {
                 let Some(batch) = jobs.get(at..jobs.len().min(at + BATCH)).filter(|batch| !batch.is_empty()) else { break };
                 for &(chunk, from) in batch {
                     writer.write(chunk, from).inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+                }
+                if at / WRITEBACK != (at + BATCH) / WRITEBACK {
+                    start_writeback(file);
                 }
             }
             Ok(writer.done)
