@@ -157,8 +157,7 @@ pub struct Board {
 impl Board {
     /// Loads the image; `Err` says what is wrong with it.
     pub fn new(config: &BoardConfig) -> Result<Self, String> {
-        let memory =
-            Arc::new(GuestMemory::new(&[RegionLayout { gpa: 0, size: config.memory }]).map_err(|e| e.to_string())?);
+        let memory = Arc::new(GuestMemory::new(&[RegionLayout { gpa: 0, size: config.memory }]).map_err(|e| e.to_string())?);
         let put = |at: u64, bytes: &[u8]| memory.write(at, bytes).map_err(|e| e.to_string());
         let entry = load_elf(config.image, put)?;
         let words = |at: u64, list: &[u32]| put(at, &list.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>());
@@ -184,9 +183,7 @@ impl Board {
         let serial = Arc::new(Serial { heard: Mutex::default(), control: control.clone() });
         let exit = Arc::new(Exit { value: AtomicU32::new(0), done: AtomicBool::new(false), control: control.clone() });
         let numbers = Arc::new(Numbers { cpus: config.cpus as u64, memory: config.memory, at: Mutex::default() });
-        let add = |space, base, len, device: Arc<dyn Device>| {
-            bus.insert(space, base, len, device).map_err(|e| e.to_string())
-        };
+        let add = |space, base, len, device: Arc<dyn Device>| bus.insert(space, base, len, device).map_err(|e| e.to_string());
         add(Space::Pio, 0x3f8, 8, serial.clone())?;
         add(Space::Pio, 0xf4, 4, exit.clone())?;
         add(Space::Pio, 0x510, 2, numbers)?;

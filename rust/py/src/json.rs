@@ -1,13 +1,14 @@
 //! JSON by a schema that Python declares, read by serde: the messages and positions of a refused document are serde_json's own
 //! (``missing field `source_url` at line 1 column 2``), because clients of the REST API know those texts.
 
-use std::fmt;
+use std::{fmt, io};
 
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde::de::{self, DeserializeSeed, Deserializer, EnumAccess, Error as _, MapAccess, SeqAccess, VariantAccess, Visitor};
+use serde::ser::{Error as _, Serialize, SerializeMap, SerializeSeq, Serializer};
 
 /// What a value may be. Built from Python tuples, see `JsonSchema`.
 enum Schema {
@@ -328,6 +329,69 @@ impl JsonSchema {
         let seed = Seed { schema: &self.0, py };
         seed.deserialize(&mut deserializer).map_err(|error| PyValueError::new_err(error.to_string()))
     }
+}
+
+/// A Python value as serde sees it: None, bool, int, float, str, list, tuple and dict with text keys, in their order.
+struct Plain<'a, 'py>(&'a Bound<'py, PyAny>);
+
+impl Serialize for Plain<'_, '_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let value = self.0;
+        let failed = |error: PyErr| S::Error::custom(error);
+        if value.is_none() {
+            serializer.serialize_unit()
+        } else if let Ok(text) = value.cast::<PyString>() {
+            serializer.serialize_str(&text.to_cow().map_err(failed)?)
+        } else if let Ok(truth) = value.cast::<PyBool>() {
+            serializer.serialize_bool(truth.is_true())
+        } else if value.is_instance_of::<PyInt>() {
+            match value.extract::<u64>() {
+                Ok(number) => serializer.serialize_u64(number),
+                Err(_) => serializer.serialize_i64(value.extract().map_err(failed)?),
+            }
+        } else if value.is_instance_of::<PyFloat>() {
+            serializer.serialize_f64(value.extract().map_err(failed)?)
+        } else if let Ok(dict) = value.cast::<PyDict>() {
+            let mut map = serializer.serialize_map(Some(dict.len()))?;
+            for (key, item) in dict {
+                map.serialize_entry(&Plain(&key), &Plain(&item))?;
+            }
+            map.end()
+        } else {
+            let mut items = serializer.serialize_seq(None)?;
+            for item in value.try_iter().map_err(failed)? {
+                items.serialize_element(&Plain(&item.map_err(failed)?))?;
+            }
+            items.end()
+        }
+    }
+}
+
+/// One line without spaces, everything beyond ASCII escaped: clients read replies in pieces that may cut a character.
+struct Ascii;
+
+impl serde_json::ser::Formatter for Ascii {
+    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        for character in fragment.chars() {
+            if character.is_ascii() {
+                writer.write_all(&[character as u8])?;
+            } else {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    write!(writer, "\\u{unit:04x}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A plain value as one line of JSON in ASCII. `ValueError` for what JSON does not have.
+#[pyfunction]
+pub fn json_line<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+    let mut line = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut line, Ascii);
+    Plain(value).serialize(&mut serializer).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok(PyBytes::new(value.py(), &line))
 }
 
 /// A string as Rust's `{:?}` prints it; Cloud Hypervisor quotes paths in messages so.

@@ -37,7 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::irq::{Ioapic, IrqLine, MsiRelay};
     #[pymodule_export]
-    use super::json::{JsonSchema, debug_text};
+    use super::json::{JsonSchema, debug_text, json_line};
     #[pymodule_export]
     use super::memory::Memory;
     #[pymodule_export]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from freezeframe._core import json_line
 from freezeframe.control.actions import ACTIONS
 from freezeframe.control.failures import ActionFailed
 
@@ -38,15 +39,8 @@ class Reply:
         return head.encode("ascii") + self.body
 
 
-def json_body(value: object) -> bytes:
-    """One line of JSON, everything beyond ASCII escaped."""
-    from json import dumps
-
-    return dumps(value, separators=(",", ":")).encode("ascii")
-
-
 def refusal(status: int, *texts: str) -> Reply:
-    return Reply(status, json_body(texts))
+    return Reply(status, json_line(texts))
 
 
 def malformed(text: str) -> Reply:
@@ -92,5 +86,5 @@ def _perform(vmm: Vmm, action: Action, body: bytes) -> Reply:
         report_bug(action.name)
         return refusal(500, "Error from API", f"Internal error: {type(error).__name__}: {error}")
     if result is not None:
-        return Reply(200, json_body(result))
+        return Reply(200, json_line(result))
     return Reply(200, b"") if action.empty_reply else Reply(204, None)

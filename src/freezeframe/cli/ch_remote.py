@@ -209,9 +209,9 @@ def _plain(name: str, _given: dict[str, Any]) -> tuple[str, str, bytes | None]:
 
 
 def _json(name: str, value: object) -> tuple[str, str, bytes]:
-    from json import dumps
+    from freezeframe._core import json_line
 
-    return "PUT", f"vm.{name}", dumps(value, separators=(",", ":")).encode()
+    return "PUT", f"vm.{name}", json_line(value)
 
 
 def _snapshot(name: str, given: dict[str, Any]) -> tuple[str, str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from _socket import AF_UNIX, SOCK_STREAM, socket
 
-from freezeframe._core import http_response
+from freezeframe._core import http_response, json_line
 from freezeframe.errors import FreezeframeError, IoFailed
 
 TYPE_CHECKING = False
@@ -70,9 +70,7 @@ class Connection:
         """`PUT /api/v1/<name>` with a plain value as JSON body, or none."""
         if body is None:
             return self.request("PUT", ROOT + name)
-        from json import dumps
-
-        return self.request("PUT", ROOT + name, dumps(body, separators=(",", ":")).encode())
+        return self.request("PUT", ROOT + name, json_line(body))
 
     def request(self, method: str, target: str, body: bytes | None = None) -> Response:
         """Send one request and read its reply; `IoFailed` or `ClientError` when that does not work."""

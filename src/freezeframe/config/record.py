@@ -121,9 +121,9 @@ class Record:
 
     def to_json(self) -> str:
         """`to_plain` as one line of ASCII JSON."""
-        from json import dumps
+        from freezeframe._core import json_line
 
-        return dumps(self.to_plain(), separators=(",", ":"))
+        return json_line(self.to_plain()).decode("ascii")
 
     @classmethod
     def from_json(cls, document: bytes) -> Self:
