@@ -148,7 +148,10 @@ def main() -> int:
     except (FreezeframeError, OSError) as error:
         print_chain(PROGRAM, chain_messages(error))
         return 1
-    return _perform(_socket_path(values["api-socket"]), method, action, body)
+    try:
+        return _perform(_socket_path(values["api-socket"]), method, action, body)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _socket_path(text: str) -> str:

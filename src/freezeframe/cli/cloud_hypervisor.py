@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from freezeframe.api.server import ApiServer
     from freezeframe.control.events import EventMonitor
     from freezeframe.control.log import Log
+    from freezeframe.control.vmm import Vmm
 
 PROGRAM = "Cloud Hypervisor"
 
@@ -48,6 +49,8 @@ def main() -> int:
     except (FreezeframeError, OSError) as error:
         print_chain(PROGRAM, chain_messages(error))
         return 1
+    except KeyboardInterrupt:
+        return 0  # before there was anything to end
 
 
 def _ensure_standard_descriptors() -> None:
@@ -80,38 +83,36 @@ class _Process:
         self._server: ApiServer | None = None
 
     def run(self) -> int:
+        from freezeframe.control.live import LiveBackend
+        from freezeframe.control.vmm import Vmm
+
         self._refuse()
-        events = self._events()
+        vmm = Vmm(
+            LiveBackend(self._values.get("engine")),
+            events=self._events(),
+            log=self._log(),
+            no_shutdown="no-shutdown" in self._values,
+        )
+        # Signals first: from the moment the socket exists, whatever ends the process also removes it.
+        _catch_signals(vmm)
         self._listener = self._listen()
         try:
-            return self._run(events)
+            return self._run(vmm)
         finally:
+            vmm.close()
             if self._server is not None:
                 self._server.close()
             elif self._listener is not None:
                 self._listener.close()
 
-    def _run(self, events: EventMonitor | None) -> int:
-        from freezeframe.control.live import LiveBackend
-        from freezeframe.control.vmm import Vmm
+    def _run(self, vmm: Vmm) -> int:
+        self._start_machine(vmm)
+        if self._listener is not None:
+            from freezeframe.api.server import ApiServer
 
-        vmm = Vmm(
-            LiveBackend(self._values.get("engine")),
-            events=events,
-            log=self._log(),
-            no_shutdown="no-shutdown" in self._values,
-        )
-        try:
-            _catch_signals(vmm)
-            self._start_machine(vmm)
-            if self._listener is not None:
-                from freezeframe.api.server import ApiServer
-
-                self._server = ApiServer(vmm, self._listener)
-                self._server.start()
-            return vmm.run()
-        finally:
-            vmm.close()
+            self._server = ApiServer(vmm, self._listener)
+            self._server.start()
+        return vmm.run()
 
     def _refuse(self) -> None:
         """What cannot be: options that contradict each other, or that ask for what we do not have."""
@@ -170,7 +171,7 @@ class _Process:
         except ValueError:
             raise Refused("Error parsing --api-socket") from Refused("invalid digit found in string")
 
-    def _start_machine(self, vmm: Any) -> None:
+    def _start_machine(self, vmm: Vmm) -> None:
         values = self._values
         if "kernel" in values or "firmware" in values:
             from freezeframe.config import refuse_unsupported, validate
@@ -206,7 +207,7 @@ def _act(top: str, action: Any, *arguments: object) -> None:
         raise FreezeframeError(error.texts[-1]).chained(top, *error.texts[:-1]) from error
 
 
-def _catch_signals(vmm: Any) -> None:
+def _catch_signals(vmm: Vmm) -> None:
     # The C module below `signal`: making enumerations of all signals takes longer than a restore's work.
     signals: Any = __import__("_signal")
 
