@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import subprocess
+import threading
 import time
 
 import pytest
@@ -226,3 +227,33 @@ def test_a_reply_that_cannot_be_written_is_a_failure(vmm):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
+
+
+def test_many_clients_at_once(vmm, tmp_path):
+    """Actions from several connections at the same time: each gets an answer, and the machine is whole afterwards."""
+    bodies = {
+        "vm.snapshot": {"destination_url": f"file://{tmp_path}"},
+        "vm.restore": {"source_url": f"file://{tmp_path}"},
+    }
+    names = ["vm.pause", "vm.resume", "vm.snapshot", "vm.restore", "vm.power-button", "vm.nope", "vm.boot"]
+    statuses: list[int] = []
+
+    def client(number: int) -> None:
+        with Connection(str(vmm.socket), timeout=DEADLINE) as connection:
+            for step in range(25):
+                name = names[(number * 3 + step) % len(names)]
+                statuses.append(connection.put(name, bodies.get(name)).status)
+                statuses.append(connection.get("vm.info").status)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert len(statuses) == 6 * 25 * 2
+    assert set(statuses) <= {200, 204, 404, 500}
+    vmm.remote("resume", check=False)
+    mark = vmm.console.mark()
+    vmm.console.expect(r"T \d+\n", since=mark)
+    assert "BAD" not in vmm.console.text
