@@ -6,7 +6,7 @@ use vcpu::state::{self as saved, MpState, VcpuState};
 
 use crate::core::{Core, Exception};
 use crate::events::Reinject;
-use crate::lapic::{APIC_BASE_BSP, APIC_BASE_EN, APIC_BASE_EXTD, LVT_WRITABLE, Lapic};
+use crate::lapic::{APIC_BASE_EN, APIC_BASE_EXTD, LVT_WRITABLE, Lapic};
 use crate::msr;
 use crate::profile;
 use crate::segments::canonical;
@@ -329,9 +329,6 @@ impl Core {
         reserved("sregs.apic_base", base, !(!0u64 << self.shared.phys_bits | 0xff | 1 << 9))?;
         if base & (APIC_BASE_EN | APIC_BASE_EXTD) == APIC_BASE_EXTD {
             return refuse("sregs.apic_base", format!("{base:#x} is in x2APIC mode without being enabled"));
-        }
-        if self.vcpu == 0 && base & APIC_BASE_BSP == 0 || self.vcpu != 0 && base & APIC_BASE_BSP != 0 {
-            return refuse("sregs.apic_base", format!("{base:#x}: exactly vCPU 0 is the boot processor"));
         }
         l.base = base;
         let v = &s.lapic;

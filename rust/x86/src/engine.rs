@@ -75,14 +75,17 @@ impl SoftwareEngine {
         self.cores[n].cpu.icount
     }
 
-    /// Runs vCPU 0 for exactly `n` instructions (a halted vCPU stops earlier) and leaves the clock alone: for tests and replay.
+    /// Runs vCPU 0 for exactly `n` instructions (one that halts, or only faults for ever, stops earlier) and leaves the clock alone: for tests and replay.
     /// Interrupts that are already there are taken. The number of instructions executed.
     pub fn run_exactly(&mut self, n: u64) -> Result<u64, Stop> {
         let first = self.cores[0].cpu.icount;
         let core = &mut self.cores[0];
+        let (mut before, mut stuck) = (first, 0);
         loop {
             let done = core.cpu.icount - first;
-            if done >= n {
+            stuck = if core.cpu.icount == before { stuck + 1 } else { 0 };
+            before = core.cpu.icount;
+            if done >= n || stuck > 16 {
                 return Ok(done);
             }
             match core.run(&mut self.cache, n - done) {

@@ -150,8 +150,8 @@ impl Core {
         if !self.cpu.protected() {
             // Limit and rights stay: "unreal" mode depends on it.
             let old = self.cpu.seg[seg];
-            let attr = if old.attr & Segment::UNUSABLE != 0 { 0x93 } else { old.attr };
-            self.set_segment(seg, Segment { base: u64::from(selector) << 4, selector, limit: old.limit, attr });
+            let (limit, attr) = if old.attr & Segment::UNUSABLE != 0 { (0xffff, 0x93) } else { (old.limit, old.attr) };
+            self.set_segment(seg, Segment { base: u64::from(selector) << 4, selector, limit, attr });
             return Ok(());
         }
         if self.cpu.v8086() {

@@ -161,7 +161,7 @@ fn wrong_fields_are_refused_by_name() {
         ("sregs.efer", Box::new(|s| s.sregs.efer |= 1 << 12)),
         ("sregs.efer", Box::new(|s| s.sregs.efer &= !0x400)),
         ("sregs.cr8", Box::new(|s| s.sregs.cr8 = 3)),
-        ("sregs.apic_base", Box::new(|s| apic_base(s, 0xfee0_0900))),
+        ("sregs.apic_base", Box::new(|s| apic_base(s, 0xfee0_0801))),
         ("sregs.apic_base", Box::new(|s| apic_base(s, 0xfee0_0400))),
         ("sregs.fs.base", Box::new(|s| s.sregs.fs.base = 1 << 47)),
         ("sregs.ss.base", Box::new(|s| s.sregs.ss.base = 1 << 32)),
