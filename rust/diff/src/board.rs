@@ -12,10 +12,10 @@ use vcpu::{Bus, Clock, Control, Device, Engine, EngineError, Space, Stop};
 use x86::engine::{EngineConfig, SoftwareEngine};
 use x86::state::{Activity, CS, CodeSize, DS, ES, FS, GS, RBX, SS, Segment};
 
-const MEMORY_MAP: u64 = 0x9000;
-const INFO: u64 = 0x9500;
-const COMMAND_LINE: u64 = 0xa000;
-const MODULE: u64 = 0xb000;
+const MEMORY_MAP: u64 = 0x7_0000;
+const INFO: u64 = 0x7_0500;
+const COMMAND_LINE: u64 = 0x7_1000;
+const MODULE: u64 = 0x7_2000;
 
 pub struct BoardConfig<'a> {
     pub image: &'a [u8],

@@ -22,6 +22,8 @@ pub struct Options {
     pub rules: Rules,
     /// Reports kept a code.
     pub examples: usize,
+    /// Up to so many other instructions before each.
+    pub prelude: u64,
     /// Decoder and instruction functions alone, without block loop and exception delivery.
     pub handlers_only: bool,
 }
@@ -36,6 +38,7 @@ impl Default for Options {
             filter: Vec::new(),
             rules: Rules::default(),
             examples: 1,
+            prelude: 0,
             handlers_only: false,
         }
     }
@@ -117,7 +120,7 @@ pub fn run(options: &Options) -> Summary {
     let mut native = Native::new();
     let mut ours = Ours::new();
     for number in options.first..options.first + options.cases {
-        let Some(case) = generate::case(options.seed, number, &codes, options.bits) else { continue };
+        let Some(case) = generate::case(options.seed, number, &codes, options.bits, options.prelude) else { continue };
         let code = format!("{:?}", case.code);
         *summary.tried.entry(code.clone()).or_default() += 1;
         summary.run += 1;
@@ -165,10 +168,18 @@ fn kind(line: &str) -> String {
 fn report(options: &Options, case: &Case, native: &Outcome, lines: &[String]) -> String {
     let mut text = String::new();
     let mut disassembly = String::new();
-    if let Some(form) = forms::decode(&case.bytes, case.bits, case.state.rip) {
+    if let Some(form) = forms::decode(&case.bytes[case.prelude..], case.bits, case.state.rip + case.prelude as u64) {
         IntelFormatter::new().format(&form.insn, &mut disassembly);
     }
     let bytes: Vec<_> = case.bytes.iter().map(|b| format!("{b:02x}")).collect();
+    let mut before = String::new();
+    let mut decoder =
+        iced_x86::Decoder::with_ip(case.bits, &case.bytes[..case.prelude], case.state.rip, iced_x86::DecoderOptions::AMD);
+    while decoder.can_decode() {
+        IntelFormatter::new().format(&decoder.decode(), &mut before);
+        before.push_str("; ");
+    }
+    disassembly.insert_str(0, &before);
     let _ = writeln!(text, "--- {:?} seed {} case {}: {} | {disassembly}", case.code, options.seed, case.number, bytes.join(" "));
     let s = &case.state;
     let _ = writeln!(
@@ -189,7 +200,7 @@ fn report(options: &Options, case: &Case, native: &Outcome, lines: &[String]) ->
         s.fx[4],
         native.vector
     );
-    if let Some(form) = forms::decode(&case.bytes, case.bits, s.rip) {
+    if let Some(form) = forms::decode(&case.bytes[case.prelude..], case.bits, s.rip + case.prelude as u64) {
         for op in 0..form.insn.op_count() {
             if form.insn.op_kind(op) == iced_x86::OpKind::Register {
                 let r = form.insn.op_register(op);

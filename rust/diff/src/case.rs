@@ -87,6 +87,8 @@ pub struct Case {
     pub code: Code,
     /// Machine code at `state.rip`; what does not fit into the code pages is not there.
     pub bytes: Vec<u8>,
+    /// How many of the bytes are other instructions before the one that the case is about.
+    pub prelude: usize,
     pub bits: u32,
     pub state: State,
     pub data: Box<[u8; DATA_LEN]>,

@@ -123,10 +123,12 @@ fn ulps(a: (u64, u16), b: (u64, u16)) -> u128 {
 /// One line for every difference; empty when equal.
 pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) -> Vec<String> {
     let mut out = Vec::new();
-    let Some(form) = forms::decode(&case.bytes, case.bits, case.state.rip) else { return vec!["does not decode".into()] };
+    let Some(form) = forms::decode(&case.bytes[case.prelude..], case.bits, case.state.rip + case.prelude as u64) else {
+        return vec!["does not decode".into()];
+    };
     let insn = form.insn;
     // Gone through, or gone through and met a page that cannot be fetched.
-    let completed = matches!(native.vector, BP | DB) || native.state.rip != case.state.rip;
+    let completed = matches!(native.vector, BP | DB) || native.state.rip != case.state.rip + case.prelude as u64;
     if native.vector == PAGE_FAULT && matches!(insn.mnemonic(), Mnemonic::Popa | Mnemonic::Popad) {
         // AMD's POPA has loaded some registers by then. Nobody can want that.
         return out;

@@ -79,7 +79,7 @@ impl Ours {
         while matches!(exit, RunExit::Pause) {
             exit = self.core.run(&mut self.cache, BUDGET);
         }
-        self.write(CODE_PHYS + at, &[INT3; 16][..len]);
+        self.write(CODE_PHYS + at, &vec![INT3; len]);
         match exit {
             RunExit::Halted => self.outcome(),
             RunExit::Failed(e) if e.code == "unsupported-instruction" => Err(Trouble::Unsupported(e.message)),

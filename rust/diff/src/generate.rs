@@ -18,8 +18,61 @@ fn landing(rng: &mut Rng) -> u64 {
     CODE + 0x1800 + rng.below(0x700)
 }
 
+/// What a prelude is made of: instructions that write, read and keep flags in all the ways there are.
+const PRELUDE: [Code; 48] = [
+    Code::Add_r32_rm32,
+    Code::Add_r64_rm64,
+    Code::Add_rm8_r8,
+    Code::Add_rm16_imm8,
+    Code::Sub_r32_rm32,
+    Code::Sub_rm64_imm8,
+    Code::Sub_rm8_imm8,
+    Code::Adc_r64_rm64,
+    Code::Adc_rm32_imm8,
+    Code::Sbb_r32_rm32,
+    Code::Sbb_r64_rm64,
+    Code::Cmp_r32_rm32,
+    Code::Cmp_rm8_imm8,
+    Code::Cmp_rm64_r64,
+    Code::Test_rm32_r32,
+    Code::Test_rm8_imm8,
+    Code::And_r64_rm64,
+    Code::Or_rm16_imm16,
+    Code::Xor_r32_rm32,
+    Code::Inc_rm32,
+    Code::Inc_rm64,
+    Code::Dec_rm8,
+    Code::Dec_rm64,
+    Code::Neg_rm32,
+    Code::Not_rm64,
+    Code::Shl_rm32_imm8,
+    Code::Shr_rm64_imm8,
+    Code::Sar_rm16_1,
+    Code::Shl_rm64_CL,
+    Code::Rol_rm32_imm8,
+    Code::Ror_rm64_1,
+    Code::Rcl_rm32_1,
+    Code::Rcr_rm64_imm8,
+    Code::Bt_rm64_imm8,
+    Code::Btc_rm32_r32,
+    Code::Imul_r32_rm32,
+    Code::Imul_r64_rm64_imm8,
+    Code::Mul_rm32,
+    Code::Bsf_r64_rm64,
+    Code::Setb_rm8,
+    Code::Sete_rm8,
+    Code::Cmovl_r64_rm64,
+    Code::Cmc,
+    Code::Stc,
+    Code::Sahf,
+    Code::Popcnt_r32_rm32,
+    Code::Xadd_rm32_r32,
+    Code::Mov_r32_imm32,
+];
+
 /// Makes case `number` of run `seed` out of `codes`. `None` when no encoding was found.
-pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32) -> Option<Case> {
+/// Up to `prelude` instructions on registers come before the one in question: flags and registers that it uses are then fresh.
+pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32, prelude: u64) -> Option<Case> {
     let mut rng = Rng::new(seed, number);
     let rng = &mut rng;
     let code = rng.pick(codes);
@@ -35,8 +88,11 @@ pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32) -> Option<Case> {
     if bits == 32 {
         build.state.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
     }
+    let before = if prelude > 0 { build.prelude(prelude) } else { Vec::new() };
     let Build { form, state, data, .. } = build;
-    Some(Case { number, code, bytes: form.bytes, bits, state: State { rip: ip, ..state }, data })
+    let start = ip - before.len() as u64;
+    let bytes = [&before[..], &form.bytes].concat();
+    Some(Case { number, code, bytes, prelude: before.len(), bits, state: State { rip: start, ..state }, data })
 }
 
 struct Build<'a> {
@@ -315,7 +371,8 @@ impl Build<'_> {
                 self.redecode()?;
             }
             let target = self.insn().near_branch_target();
-            if target >= insn.ip() && target < insn.next_ip() {
+            // Nor into a prelude: its middle may be an instruction that the profile does not have.
+            if target >= insn.ip() - 0x60 && target < insn.next_ip() {
                 return None;
             }
         } else if matches!(insn.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
@@ -325,6 +382,29 @@ impl Build<'_> {
             *self.gpr(insn.op0_register()) = target;
         }
         Some(())
+    }
+
+    /// Instructions on registers alone that leave alone what addresses the main instruction's memory.
+    fn prelude(&mut self, most: u64) -> Vec<u8> {
+        let mut factory = InstructionInfoFactory::new();
+        let mut keep = vec![Register::RSP];
+        for used in factory.info(&self.form.insn).used_memory() {
+            keep.extend([used.base().full_register(), used.index().full_register()]);
+        }
+        keep.extend([Register::RSI, Register::RDI, Register::RBP]);
+        let mut bytes = Vec::new();
+        for _ in 0..self.rng.below(most + 1) {
+            let code = self.rng.pick(&PRELUDE);
+            let Some(form) = forms::random(self.rng, code, self.bits, CODE) else { continue };
+            let info = factory.info(&form.insn);
+            let writes = |a| !matches!(a, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None);
+            let harmful =
+                info.used_registers().iter().any(|u| writes(u.access()) && keep.contains(&u.register().full_register()));
+            if info.used_memory().is_empty() && !harmful && !form.insn.has_lock_prefix() {
+                bytes.extend(form.bytes);
+            }
+        }
+        bytes
     }
 
     fn redecode(&mut self) -> Option<()> {

@@ -1,4 +1,4 @@
-//! `freezeframe-diff --cases N --seed S [--first K] [--filter TEXT]… [--bits 32] [--strict] [--handlers] [--examples N] [--list]`
+//! `freezeframe-diff --cases N --seed S [--first K] [--filter TEXT]… [--bits 32] [--strict] [--handlers] [--prelude N] [--examples N] [--list]`
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn main() -> std::process::ExitCode {
     use diff::campaign::{self, Options};
@@ -19,6 +19,7 @@ fn main() -> std::process::ExitCode {
             "--first" => options.first = number(&arg, args.next()),
             "--bits" => options.bits = number(&arg, args.next()) as u32,
             "--examples" => options.examples = number(&arg, args.next()) as usize,
+            "--prelude" => options.prelude = number(&arg, args.next()),
             "--filter" => options.filter.extend(args.next()),
             "--strict" => options.rules.strict = true,
             "--handlers" => {
@@ -28,7 +29,7 @@ fn main() -> std::process::ExitCode {
             "--list" => list = true,
             _ => {
                 eprintln!(
-                    "usage: freezeframe-diff [--cases N] [--seed S] [--first K] [--filter TEXT]… [--bits 32|64] [--strict] [--handlers] [--examples N] [--list]"
+                    "usage: freezeframe-diff [--cases N] [--seed S] [--first K] [--filter TEXT]… [--bits 32|64] [--strict] [--handlers] [--prelude N] [--examples N] [--list]"
                 );
                 return std::process::ExitCode::from(2);
             }
