@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 
 import pytest
 
@@ -69,6 +70,8 @@ class Disk:
         ring = driver.rings[queue]
         head = ring.add([*chain, (status, 1, True)], indirect=indirect)
         ring.notify()
+        if kind == FLUSH:
+            self.device.pause()  # an engine would do the work that the flushing thread posts
         [(done, _)] = ring.completed()
         assert done == head
         return self.host.memory.read(status, 1)[0], self.host.memory.read(back, room)
@@ -171,6 +174,59 @@ def test_without_discard_the_requests_are_unknown(tmp_path) -> None:
     assert not disk.driver.offered() & DISCARD_BIT
     disk.start()
     assert disk.request(DISCARD, data=struct.pack("<QII", 0, 8, 0))[0] == UNSUPP
+
+
+def flush(disk: Disk) -> int:
+    """Starts a flush; gives where its status goes."""
+    head, status = disk.driver.place(struct.pack("<IIQ", FLUSH, 0, 0)), disk.driver.place(b"\xaa")
+    disk.driver.rings[0].add([(head, 16, False), (status, 1, True)])
+    disk.driver.rings[0].notify()
+    return status
+
+
+def test_flushes_end_by_themselves_while_an_engine_runs(disk) -> None:
+    host = disk.host
+    bus, clock = _core.Bus(host.control), _core.Clock(2_000_000, 0)
+    engine = _core.Engine.software(host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46)
+    state = engine.state(0)
+    state["sregs"]["cs"]["base"], state["regs"]["rip"] = 0, 0x1000
+    engine.set_state(0, state)
+    host.memory.write(0x1000, b"\xf4")  # hlt, with interrupts off: an engine with nothing to do
+    places = [flush(disk) for _ in range(3)]
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    ring = disk.driver.rings[0]
+    deadline = time.monotonic() + 60
+    while ring.u16(ring.used + 2) < 3:
+        assert time.monotonic() < deadline
+        thread.join(0.001)
+    host.control.request_stop("paused")
+    thread.join()
+    assert [host.memory.read(status, 1)[0] for status in places] == [OK] * 3
+
+
+def test_a_flush_in_flight_is_in_no_state(tmp_path) -> None:
+    disk = Disk(tmp_path / "disk").start(features=VERSION_1)
+    for _ in range(20):
+        status = flush(disk)
+        queue = saved(disk.device)["virtio"]["queues"][0]
+        assert queue["next_avail"] == queue["next_used"] == queue["signalled_used"]
+        assert disk.host.memory.read(status, 1)[0] == OK
+        assert len(disk.driver.rings[0].completed()) == 1
+        assert disk.host.vectors() == [1]
+
+
+def test_a_reset_forgets_flushes(disk) -> None:
+    for _ in range(20):
+        status = flush(disk)
+        disk.device.write(0x14, 1, 0)
+        disk.device.pause()
+        disk.driver._free = 0x10000
+        disk.driver.start()
+        assert disk.driver.rings[0].completed() == []
+        assert disk.request(IN, 0, room=512)[0] == OK
+        assert disk.request(FLUSH)[0] == OK
+        del status
 
 
 def test_a_request_without_room_for_a_status_breaks_the_device(disk) -> None:

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use ::virtio::blk::{Blk, BlkConfig, BlkState};
 use ::virtio::console::{Console, ConsolePort, ConsoleState};
@@ -16,7 +16,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vcpu::Device;
+use vcpu::{Device, Work};
 
 use crate::bus::CoreDevice;
 use crate::console::{ConsoleOutput, bad_state, read_state, receive, with_fd};
@@ -179,7 +179,26 @@ pub struct VirtioBlk {
     transport: Arc<Transport<Blk>>,
 }
 
+/// A flush has ended: its request is answered on the engine's thread.
+struct Completed(Weak<Transport<Blk>>);
+
+impl Work for Completed {
+    fn run(&self) {
+        if let Some(transport) = self.0.upgrade() {
+            transport.complete();
+        }
+    }
+}
+
 impl VirtioBlk {
+    /// Waits for what goes on elsewhere and answers it.
+    fn drain(&self) {
+        if let Some(flushes) = self.transport.device(|b| b.flushes()) {
+            flushes.wait();
+            self.transport.complete();
+        }
+    }
+
     fn disk<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Blk) -> R + Send) -> R {
         py.detach(|| self.transport.device(f))
     }
@@ -218,17 +237,25 @@ impl VirtioBlk {
         let blk =
             Blk::from_state(disk, &config, saved.as_ref().map(|s| &s.device)).map_err(|e| bad_state(id, e.inside("device")))?;
         let transport = parts.transport(blk, saved.map(|s| s.virtio))?;
+        if !readonly {
+            let completed: Arc<dyn Work> = Arc::new(Completed(Arc::downgrade(&transport)));
+            let control = control.control.clone();
+            let started = transport.device(|b| b.flush_elsewhere(Box::new(move || control.post(completed.clone()))));
+            started.map_err(|e| errors::io_failed(id, &e))?;
+        }
         Ok(initializer(&transport).add_subclass(Self { transport }))
     }
 
+    /// The machine must stand still.
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        py.detach(|| self.drain());
         let (virtio, device) = py.detach(|| (self.transport.state(), self.transport.device(|b| b.state())));
         save(py, virtio, device)
     }
 
-    /// No request is in flight once it has returned (none ever is between notifications).
+    /// No request is in flight once it has returned.
     fn pause(&self, py: Python<'_>) {
-        self.disk(py, |_| ());
+        py.detach(|| self.drain());
     }
 
     /// Once before the machine runs again: looks into the queues for what was made available unnoticed.

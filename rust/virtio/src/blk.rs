@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::chain::{self, Chain};
 use crate::disk::{Disk, SECTOR};
+use crate::flush::{Flusher, Flushes, Notify};
 use crate::queue::MAX_CHAIN;
 use crate::transport::{Queues, VirtioDevice};
 use crate::{Fault, StateError};
@@ -106,6 +107,24 @@ pub struct Blk {
     sectors: u64,
     config: [u8; 60],
     chain: Chain,
+    flusher: Option<Flusher>,
+    flushing: Vec<Flushing>,
+}
+
+/// A flush that goes on elsewhere.
+struct Flushing {
+    ticket: u64,
+    queue: usize,
+    head: u16,
+    /// Where its status byte goes.
+    status: u64,
+}
+
+/// What became of a request.
+enum Outcome {
+    /// Bytes written into its writable part.
+    Done(u32),
+    Later,
 }
 
 impl Blk {
@@ -155,7 +174,20 @@ impl Blk {
             sectors,
             config: image,
             chain: Chain::default(),
+            flusher: None,
+            flushing: Vec::new(),
         })
+    }
+
+    /// Flushes on a thread of its own from now on; `notify` is to bring about a [`VirtioDevice::complete`].
+    pub fn flush_elsewhere(&mut self, notify: Notify) -> std::io::Result<()> {
+        self.flusher = Some(Flusher::new(self.disk.file()?, notify)?);
+        Ok(())
+    }
+
+    /// To wait for, without the transport's lock.
+    pub fn flushes(&self) -> Option<Flushes> {
+        self.flusher.as_ref().map(Flusher::flushes)
     }
 
     pub fn state(&self) -> BlkState {
@@ -169,8 +201,8 @@ impl Blk {
         switched || self.accepted & (F_FLUSH | F_CONFIG_WCE) == 0
     }
 
-    /// Answers one request; gives the bytes written into its writable part.
-    fn request(&mut self, queues: &Queues<'_>, chain: &Chain) -> Result<u32, Fault> {
+    /// Answers one request.
+    fn request(&mut self, queue: usize, queues: &Queues<'_>, chain: &Chain) -> Result<Outcome, Fault> {
         let memory = queues.memory;
         let (input, output) = (chain::total(&chain.readable), chain::total(&chain.writable));
         if input < 16 || output < 1 || input.max(output) > u64::from(u32::MAX) {
@@ -184,7 +216,15 @@ impl Blk {
         let (status, filled) = match u32::from_le_bytes([k0, k1, k2, k3]) {
             T_IN => self.read(queues, chain, sector, room)?,
             T_OUT => (self.write(queues, chain, sector, sent)?, 0),
-            T_FLUSH => (self.status(self.disk.sync()), 0),
+            T_FLUSH => {
+                if let (Some(flusher), false) = (&mut self.flusher, self.disk.read_only())
+                    && let Some((status, _)) = chain::slice(&chain.writable, room, 1).next()
+                {
+                    self.flushing.push(Flushing { ticket: flusher.start(), queue, head: chain.head, status });
+                    return Ok(Outcome::Later);
+                }
+                (self.status(self.disk.sync()), 0)
+            }
             T_GET_ID => {
                 let mut id = [0; ID_BYTES];
                 id[..self.serial.len()].copy_from_slice(self.serial.as_bytes());
@@ -197,7 +237,7 @@ impl Blk {
         };
         chain::write(memory, &chain.writable, room, &[status])?;
         // With the status behind it, all before counts as written (2.7.8.2 wants no more than that).
-        Ok(if filled == room { output } else { filled.max(1) } as u32)
+        Ok(Outcome::Done(if filled == room { output } else { filled.max(1) } as u32))
     }
 
     fn status(&mut self, result: std::io::Result<()>) -> u8 {
@@ -311,6 +351,7 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) {
+        self.flushing.clear(); // their tickets mean nothing any more when they end
         self.accepted = 0;
         self.config[WRITEBACK] = 1;
     }
@@ -319,13 +360,26 @@ impl VirtioDevice for Blk {
         let mut chain = std::mem::take(&mut self.chain);
         let mut pass = || -> Result<(), Fault> {
             while queues.pop(queue, &mut chain)? {
-                let filled = self.request(queues, &chain)?;
-                queues.push(queue, &chain, filled)?;
+                if let Outcome::Done(written) = self.request(queue, queues, &chain)? {
+                    queues.push(queue, chain.head, written)?;
+                }
             }
             Ok(())
         };
         let result = pass();
         self.chain = chain;
         result
+    }
+
+    fn complete(&mut self, queues: &mut Queues<'_>) -> Result<(), Fault> {
+        let Some(flusher) = &self.flusher else { return Ok(()) };
+        for (ticket, worked) in flusher.finished() {
+            let Some(at) = self.flushing.iter().position(|f| f.ticket == ticket) else { continue };
+            let flush = self.flushing.swap_remove(at);
+            self.counters.errors += u64::from(!worked);
+            queues.memory.write(flush.status, &[if worked { S_OK } else { S_IOERR }])?;
+            queues.push(flush.queue, flush.head, 1)?;
+        }
+        Ok(())
     }
 }

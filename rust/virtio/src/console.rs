@@ -96,7 +96,7 @@ impl Console {
                 self.input.untake(&data);
                 return Err(e);
             }
-            queues.push(RX, chain, data.len() as u32)?;
+            queues.push(RX, chain.head, data.len() as u32)?;
         }
         Ok(())
     }
@@ -120,7 +120,7 @@ impl Console {
                 self.output.write(&data[..n]);
                 done += n as u64;
             }
-            queues.push(TX, chain, 0)?;
+            queues.push(TX, chain.head, 0)?;
         }
         Ok(())
     }

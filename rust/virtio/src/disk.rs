@@ -73,6 +73,11 @@ impl Disk {
         })
     }
 
+    /// For flushing on another thread.
+    pub fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// All that was written is on the medium.
     pub fn sync(&self) -> io::Result<()> {
         if self.read_only { Ok(()) } else { self.file.sync_data() }

@@ -6,6 +6,7 @@ pub mod chain;
 pub mod console;
 pub mod disk;
 pub mod fault;
+pub mod flush;
 pub mod hex;
 pub mod host;
 pub mod irq;

@@ -70,7 +70,7 @@ impl VirtioDevice for Rng {
         let mut pass = || -> Result<(), Fault> {
             while queues.pop(queue, &mut chain)? {
                 let n = self.fill(queues, &chain)?;
-                queues.push(queue, &chain, n)?;
+                queues.push(queue, chain.head, n)?;
             }
             Ok(())
         };

@@ -68,11 +68,11 @@ impl Queues<'_> {
         }
     }
 
-    /// Gives a chain back with `len` bytes written.
-    pub fn push(&mut self, queue: usize, chain: &Chain, len: u32) -> Result<(), Fault> {
+    /// Gives the chain that began with `head` back, with `len` bytes written.
+    pub fn push(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Fault> {
         match self.queues.get_mut(queue) {
-            Some(q) => q.push(self.memory, chain.head, len),
-            None => Ok(()),
+            Some(q) if q.state.ready => q.push(self.memory, head, len),
+            _ => Ok(()),
         }
     }
 }
@@ -92,6 +92,10 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self) {}
     /// Works until queue `queue` is empty, or until there is nothing to put into it.
     fn process(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), Fault>;
+    /// Gives back the chains of requests that went on elsewhere and have ended.
+    fn complete(&mut self, _queues: &mut Queues<'_>) -> Result<(), Fault> {
+        Ok(())
+    }
 }
 
 struct Inner<D> {
@@ -212,6 +216,14 @@ impl<D: VirtioDevice> Transport<D> {
         self.run(&mut inner, queue);
     }
 
+    /// Gives back what the device did elsewhere and has ended.
+    pub fn complete(&self) {
+        let mut inner = self.lock();
+        if inner.live() {
+            self.pass(&mut inner, |device, queues| device.complete(queues));
+        }
+    }
+
     /// Once before a machine runs again: works on what the driver made available without our having seen its notification,
     /// and sends interrupts for what was used without one.
     pub fn resume(&self) {
@@ -243,8 +255,13 @@ impl<D: VirtioDevice> Transport<D> {
         if !inner.live() || !inner.queues.get(queue).is_some_and(|q| q.state.ready) {
             return;
         }
+        self.pass(inner, |device, queues| device.process(queue, queues));
+    }
+
+    /// Device work on the queues, and what follows from it.
+    fn pass(&self, inner: &mut Inner<D>, work: impl FnOnce(&mut D, &mut Queues<'_>) -> Result<(), Fault>) {
         let mut queues = Queues { memory: &self.memory, queues: &mut inner.queues };
-        let mut result = inner.device.process(queue, &mut queues);
+        let mut result = work(&mut inner.device, &mut queues);
         for i in 0..inner.queues.len() {
             if !inner.queues[i].state.ready {
                 continue;
