@@ -41,7 +41,14 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files)
 
 
-def trip(vmm_class: type[Ours] | type[Qemu], results: Results, scratch: Path, args: argparse.Namespace, cpus: int, guest: tuple[Path, Path, Path]) -> None:
+def trip(
+    vmm_class: type[Ours] | type[Qemu],
+    results: Results,
+    scratch: Path,
+    args: argparse.Namespace,
+    cpus: int,
+    guest: tuple[Path, Path, Path],
+) -> None:
     """One whole trip on a fresh copy of the disk."""
     kernel, initramfs, master = guest
     work = Path(tempfile.mkdtemp(dir=scratch))
@@ -77,9 +84,15 @@ def trip(vmm_class: type[Ours] | type[Qemu], results: Results, scratch: Path, ar
 
 
 def table(results: Results) -> str:
-    lines = ["| row | freezeframe min / median / max | QEMU TCG min / median / max | ratio of medians |", "|---|---|---|---|"]
+    lines = [
+        "| row | freezeframe min / median / max | QEMU TCG min / median / max | ratio of medians |",
+        "|---|---|---|---|",
+    ]
     for row, sides in results.items():
-        cells = [f"{min(v):.2f} / **{statistics.median(v):.2f}** / {max(v):.2f}" if (v := sides.get(who)) else "–" for who in (Ours.name, Qemu.name)]
+        cells = [
+            f"{min(v):.2f} / **{statistics.median(v):.2f}** / {max(v):.2f}" if (v := sides.get(who)) else "–"
+            for who in (Ours.name, Qemu.name)
+        ]
         ours, theirs = sides.get(Ours.name), sides.get(Qemu.name)
         ratio = f"{statistics.median(ours) / statistics.median(theirs):.2f}" if ours and theirs else "–"
         lines.append(f"| {row} | {cells[0]} | {cells[1]} | {ratio} |")
@@ -91,7 +104,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpus", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--memory", default="4G")
-    parser.add_argument("--kernel", type=Path, help="a bzImage with virtio built in or modules in --initramfs (default: Debian's cloud kernel)")
+    parser.add_argument(
+        "--kernel",
+        type=Path,
+        help="a bzImage with virtio built in or modules in --initramfs (default: Debian's cloud kernel)",
+    )
     parser.add_argument("--initramfs", type=Path)
     parser.add_argument("--no-qemu", action="store_true")
     args = parser.parse_args()

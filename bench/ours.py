@@ -28,7 +28,9 @@ class _Connection(http.client.HTTPConnection):
 class Ours:
     name = "freezeframe"
 
-    def __init__(self, scratch: Path, cpus: int, memory: str, kernel: Path, initramfs: Path, cmdline: str, disk: Path) -> None:
+    def __init__(
+        self, scratch: Path, cpus: int, memory: str, kernel: Path, initramfs: Path, cmdline: str, disk: Path
+    ) -> None:
         self._scratch, self._cpus, self._memory = scratch, cpus, memory
         self._guest = (kernel, initramfs, cmdline, disk)
         self._number = 0

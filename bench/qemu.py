@@ -24,7 +24,9 @@ def _tsc_khz() -> int:
 class Qemu:
     name = "QEMU TCG"
 
-    def __init__(self, scratch: Path, cpus: int, memory: str, kernel: Path, initramfs: Path, cmdline: str, disk: Path) -> None:
+    def __init__(
+        self, scratch: Path, cpus: int, memory: str, kernel: Path, initramfs: Path, cmdline: str, disk: Path
+    ) -> None:
         self._scratch, self._cpus, self._memory = scratch, cpus, memory
         self._guest = (kernel, initramfs, cmdline, disk)
         self._number = 0

@@ -34,7 +34,9 @@ def say(text: str) -> None:
 def command(*argv: str) -> str:
     """Runs one of our commands the way a user does; shows the line."""
     print("$ " + " ".join(argv), flush=True)
-    done = subprocess.run([str(BIN / argv[0]), *argv[1:]], capture_output=True, text=True, timeout=STEP_DEADLINE_S, check=False)
+    done = subprocess.run(
+        [str(BIN / argv[0]), *argv[1:]], capture_output=True, text=True, timeout=STEP_DEADLINE_S, check=False
+    )
     if done.returncode != 0:
         raise DemoFailed(f"{argv[0]} ended with {done.returncode}: {done.stderr.strip()}")
     return done.stdout
@@ -56,7 +58,7 @@ def timed(times: list[tuple[str, float]], what: str, step: Callable[[], object])
 PREPARE = (
     "SECRET=$(head -c 16 /dev/urandom | md5sum | cut -c1-32); echo $SECRET > /tmp/open; exec 9</tmp/open; rm /tmp/open; "
     "(i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.2; done) & "
-    "LOOP=$!; proof() { echo \"PROOF secret=$SECRET shell=$$ loop=$LOOP alive=$(kill -0 $LOOP && echo yes) "
+    'LOOP=$!; proof() { echo "PROOF secret=$SECRET shell=$$ loop=$LOOP alive=$(kill -0 $LOOP && echo yes) '
     "fd9=$(readlink /proc/$$/fd/9 | tr ' ' _) boot_id=$(cat /proc/sys/kernel/random/boot_id)\"; }"
 )
 PROOF = r"^PROOF (secret=\w{32} .*boot_id=\S+)"
@@ -124,9 +126,15 @@ def run(scratch: Path) -> list[tuple[str, float]]:
         print(f"   counter: last tick before {last_tick}, then {seen[:4]} …")
         if before != after:
             raise DemoFailed("the machine's secrets, processes or open file changed")
-        if seen != list(range(seen[0], seen[0] + len(seen))) or seen[0] not in (last_tick, last_tick + 1, last_tick + 2):
+        if seen != list(range(seen[0], seen[0] + len(seen))) or seen[0] not in (
+            last_tick,
+            last_tick + 1,
+            last_tick + 2,
+        ):
             raise DemoFailed("the counter was interrupted")
-        print("   yes: a random number held only in guest RAM, process ids, an open deleted file and an uninterrupted counter")
+        print(
+            "   yes: a random number held only in guest RAM, process ids, an open deleted file and an uninterrupted counter"
+        )
 
         say("Switch it off from inside")
         vmm.send("kill $LOOP; poweroff")

@@ -43,7 +43,10 @@ def test_the_page(guest: Guest, tmp_path: Path) -> None:
         last = ticks(vmm.console.text)[-1]
 
     sizes = {path.name: path.stat() for path in snapshot.iterdir()}
-    assert {name: at.st_size for name, at in sizes.items() if name != "vm.json"} == {"memory-region-0": 3221225472, "memory-region-1": 1073741824}
+    assert {name: at.st_size for name, at in sizes.items() if name != "vm.json"} == {
+        "memory-region-0": 3221225472,
+        "memory-region-1": 1073741824,
+    }
     assert set(sizes) == {"memory-region-0", "memory-region-1", "vm.json"}
     assert {stat.S_IMODE(at.st_mode) for at in sizes.values()} == {0o600}
 

@@ -19,7 +19,7 @@ ROUNDS = int(os.environ.get("FREEZEFRAME_ROUNDS", "4"))
 
 
 def test_busy_guest_through_generations(frozen: Frozen, tmp_path: Path) -> None:
-    """pause → snapshot → kill -9 → restore → resume, each generation restored from the one before."""
+    """Pause → snapshot → kill -9 → restore → resume, each generation restored from the one before."""
     vmm = frozen.restore(tmp_path / "0")
     disk = tmp_path / "0" / "root.raw"
     vmm.remote("resume")
@@ -30,7 +30,7 @@ def test_busy_guest_through_generations(frozen: Frozen, tmp_path: Path) -> None:
     try:
         for generation in range(1, ROUNDS + 1):
             here = vmm.console.mark()
-            vmm.send('echo COUNT $(cat /tmp/disk.count /tmp/timer.count)')
+            vmm.send("echo COUNT $(cat /tmp/disk.count /tmp/timer.count)")
             found = vmm.console.expect(r"^COUNT (\d+) (\d+)$", here)
             now = [int(found.group(1)), int(found.group(2))]
             assert now[0] >= counts[0]
@@ -47,7 +47,9 @@ def test_busy_guest_through_generations(frozen: Frozen, tmp_path: Path) -> None:
             shutil.rmtree(snapshot)
             vmm.remote("resume")
         here = vmm.console.mark()
-        vmm.send("for i in 1 2 3 4 5; do sleep 1; cat /tmp/disk.count; done; echo COUNT $(cat /tmp/disk.count /tmp/timer.count); dmesg > /tmp/d; echo DMESG $(wc -l < /tmp/d)")
+        vmm.send(
+            "for i in 1 2 3 4 5; do sleep 1; cat /tmp/disk.count; done; echo COUNT $(cat /tmp/disk.count /tmp/timer.count); dmesg > /tmp/d; echo DMESG $(wc -l < /tmp/d)"
+        )
         found = vmm.console.expect(r"^COUNT (\d+) (\d+)$", here)
         assert int(found.group(1)) > counts[0]
         assert int(found.group(2)) > counts[1]
@@ -60,7 +62,7 @@ def test_busy_guest_through_generations(frozen: Frozen, tmp_path: Path) -> None:
         text += vmm.console.text
     finally:
         vmm.kill()
-    assert "BAD" not in text.replace("echo \"BAD", "")
+    assert "BAD" not in text.replace('echo "BAD', "")
     assert disk.exists()
 
 

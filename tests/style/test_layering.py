@@ -98,5 +98,9 @@ def test_crates_go_one_way(crate: str) -> None:
 
 
 def test_only_one_crate_names_pyo3() -> None:
-    naming = {path.parent.name for path in ROOT.glob("rust/*/Cargo.toml") if re.search(r"^pyo3|^pythonize", path.read_text(), re.M)}
+    naming = {
+        path.parent.name
+        for path in ROOT.glob("rust/*/Cargo.toml")
+        if re.search(r"^pyo3|^pythonize", path.read_text(), re.MULTILINE)
+    }
     assert naming == {"py"}

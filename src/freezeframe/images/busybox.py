@@ -52,7 +52,21 @@ _FILES: dict[str, tuple[str, int]] = {
     "etc/hostname": ("freezeframe\n", 0o644),
     "etc/profile": ("export PS1='guest:\\w# ' HOME=/root TERM=${TERM:-linux}\ncd /root\n", 0o644),
 }
-_DIRECTORIES = ("bin", "sbin", "etc", "dev", "proc", "sys", "tmp", "run", "root", "mnt", "usr/bin", "usr/sbin", "var/log")
+_DIRECTORIES = (
+    "bin",
+    "sbin",
+    "etc",
+    "dev",
+    "proc",
+    "sys",
+    "tmp",
+    "run",
+    "root",
+    "mnt",
+    "usr/bin",
+    "usr/sbin",
+    "var/log",
+)
 
 
 def busybox(progress: Progress = silent) -> Path:
@@ -79,10 +93,13 @@ def applets(binary: Path) -> list[str]:
     return subprocess.run([binary, "--list-full"], capture_output=True, text=True, check=True).stdout.split()
 
 
-def build_busybox_disk(out: Path, *, size: int = 64 << 20, extra: dict[str, bytes] | None = None, progress: Progress = silent) -> None:
-    """Writes a raw disk of ``size`` bytes to ``out``: GPT with one ext4 partition (``/dev/vda1``) that boots to a shell on the console.
+def build_busybox_disk(
+    out: Path, *, size: int = 64 << 20, extra: dict[str, bytes] | None = None, progress: Progress = silent
+) -> None:
+    """Writes a raw disk of ``size`` bytes to ``out``: GPT, one ext4 partition (``/dev/vda1``) that boots to a shell.
 
-    ``extra`` adds files (path without leading slash → contents, executable). ``out`` must not exist; nothing is left there on failure.
+    ``extra`` adds files (path without leading slash → contents, executable). ``out`` must not exist; nothing is left
+    there on failure.
     """
     if size < MIN_SIZE:
         raise Refused(f"a busybox disk needs at least {MIN_SIZE >> 20} MiB, {size} bytes were asked for")
@@ -135,8 +152,10 @@ def _write_disk(disk: Path, root: Path, size: int) -> None:
     table = f"label: gpt\nstart={_PARTITION_START // 512}, size={sectors}, type=linux, name=root\n"
     run("sfdisk", "--quiet", str(disk), stdin=table)
     run(
-        "mke2fs", "-q", "-F", "-t", "ext4", "-L", "root", "-b", "4096", "-O", "^has_journal" if size < (32 << 20) else "has_journal",
-        "-E", f"offset={_PARTITION_START},root_owner=0:0,lazy_itable_init=0", "-d", str(root), str(disk), f"{sectors // 2}k",
+        "mke2fs", "-q", "-F", "-t", "ext4", "-L", "root", "-b", "4096",
+        "-O", "^has_journal" if size < (32 << 20) else "has_journal",
+        "-E", f"offset={_PARTITION_START},root_owner=0:0,lazy_itable_init=0", "-d", str(root), str(disk),
+        f"{sectors // 2}k",
     )  # fmt: skip
 
 

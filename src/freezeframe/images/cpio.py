@@ -1,10 +1,13 @@
-"""The initramfs archive format ("newc"), as the kernel's Documentation/driver-api/early-userspace/buffer-format.rst has it."""
+"""The initramfs archive format ("newc"): the kernel's Documentation/driver-api/early-userspace/buffer-format.rst."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True, slots=True)

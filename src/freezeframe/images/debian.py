@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from freezeframe.errors import FreezeframeError, NotFound
 from freezeframe.images.cache import Progress, cache_dir, silent
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _LISTS_MAX_AGE_S = 24 * 3600
 _TOOLS = {
@@ -25,14 +28,22 @@ def tool(name: str) -> str:
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         package = _TOOLS.get(name, name)
-        raise NotFound(f"{name} is missing on this machine: install Debian's package {package} (apt-get install {package})")
+        raise NotFound(
+            f"{name} is missing on this machine: install Debian's package {package} (apt-get install {package})"
+        )
     return path
 
 
 def run(*argv: str, cwd: Path | None = None, stdin: str | None = None) -> str:
     """Runs a host program and gives its standard output; a failure carries what it said."""
     done = subprocess.run(
-        [tool(argv[0]), *argv[1:]], cwd=cwd, input=stdin, capture_output=True, text=True, check=False, env=_environment()
+        [tool(argv[0]), *argv[1:]],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_environment(),
     )
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()[-800:]

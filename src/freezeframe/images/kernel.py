@@ -143,7 +143,7 @@ def _load_order(directory: Path) -> dict[str, bytes]:
 
 
 def _canonical(name: str) -> str:
-    return name.split(".ko")[0].replace("-", "_")
+    return name.split(".ko", maxsplit=1)[0].replace("-", "_")
 
 
 def _depends(module: bytes) -> list[str]:

@@ -154,7 +154,7 @@ def dsdt(platform: Platform) -> bytes:
             aml.resources(aml.interrupt(layout.SERIAL_IRQ, edge=True), aml.io_ports(layout.SERIAL_PORT, 8)),
         ),
     )
-    # Not among Cloud Hypervisor's: without it Linux guesses that there is an RTC with interrupt 8, and has no PIC for it.
+    # Not among Cloud Hypervisor's: without it Linux guesses that there is an RTC with interrupt 8, and has no PIC.
     clock = aml.device(
         "\\_SB.RTC_",
         aml.name("_HID", aml.eisa_id("PNP0B00")),

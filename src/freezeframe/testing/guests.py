@@ -26,7 +26,22 @@ def _assemble(name: str, symbols: tuple[tuple[str, int], ...] = ()) -> bytes:
         source = os.path.join(_SOURCES, f"{name}.s")
         _run(["as", "--64", "-I", _SOURCES, *defined, "-o", obj, source])
         script = os.path.join(_SOURCES, "guest.ld")
-        _run(["ld", "-m", "elf_x86_64", "-n", "-z", "noexecstack", "--no-warn-rwx-segments", "-T", script, "-o", elf, obj])
+        _run(
+            [
+                "ld",
+                "-m",
+                "elf_x86_64",
+                "-n",
+                "-z",
+                "noexecstack",
+                "--no-warn-rwx-segments",
+                "-T",
+                script,
+                "-o",
+                elf,
+                obj,
+            ]
+        )
         with open(elf, "rb") as file:
             return file.read()
 
@@ -56,7 +71,8 @@ def smp(cpus: int = 2, *, x2apic: bool = False, deadline: bool = False, period: 
 
     The first CPU starts the others by INIT and SIPI. Each CPU has a timer interrupt (periodic, or TSC `deadline`) every
     `period` bus clocks or TSC ticks and halts in between; before each line every other CPU must have answered
-    an IPI and a timer interrupt must have come. `BAD …` and a halt on memory that changed, a timer that stopped or an exception.
+    an IPI and a timer interrupt must have come. `BAD …` and a halt on memory that changed, a stopped timer or an
+    exception.
     A lost interrupt shows as lines that no longer come. CPU i must have APIC id i.
     """
     symbols = (("CPUS", cpus), ("X2APIC", int(x2apic)), ("DEADLINE", int(deadline)), ("PERIOD", period))

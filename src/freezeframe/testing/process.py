@@ -1,4 +1,4 @@
-"""A VMM as a user runs it: a process, its console on pipes, and `ch-remote` beside it. For tests, the demo and the benchmarks."""
+"""A VMM as a user runs it: a process, its console on pipes, and `ch-remote` beside it. For tests, demo and bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
+    from typing import Self
 
 DEADLINE_S = 120.0
 
@@ -31,8 +32,8 @@ class Unexpected(AssertionError):
 class Console:
     """Everything that a process prints, with waiting for text in it.
 
-    Guarantees: nothing printed is lost; `expect` returns as soon as its pattern is there, or raises after its deadline or when the
-    output has ended.
+    Guarantees: nothing printed is lost; `expect` returns as soon as its pattern is there, or raises after its
+    deadline or when the output has ended.
     """
 
     def __init__(self, fd: int, *, echo: bool = False) -> None:
@@ -103,8 +104,12 @@ class Console:
 class Vmm:
     """A `cloud-hypervisor` process. A context manager that kills it at the end if it still runs."""
 
-    def __init__(self, argv: Sequence[str], *, socket: Path | None = None, echo: bool = False, command: str | None = None) -> None:
-        """`argv`: arguments after the command's name; `socket` adds `--api-socket` and makes `remote` work; `command`: another VMM."""
+    def __init__(
+        self, argv: Sequence[str], *, socket: Path | None = None, echo: bool = False, command: str | None = None
+    ) -> None:
+        """`argv`: arguments after the command's name. `socket` adds `--api-socket` and makes `remote` work. `command`:
+        another VMM.
+        """
         self.socket = socket
         words = [command or installed("cloud-hypervisor"), *(["--api-socket", str(socket)] if socket else []), *argv]
         self.started = time.monotonic()
@@ -164,8 +169,10 @@ class Vmm:
                 return int(line.split()[1]) * 1024
         return 0
 
-    def __enter__(self) -> Vmm:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.kill()
