@@ -12,6 +12,9 @@ use crate::state::CodeSize;
 /// Decoded instructions kept at most (40 bytes each); then everything is dropped. A Linux boot decodes 250 000.
 const ARENA: usize = 1 << 20;
 
+/// Pages remembered for vCPUs that do not run; one that missed more gives up all its write access.
+const MARKS: usize = 4096;
+
 /// Where a block's instructions are in the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
@@ -63,7 +66,6 @@ struct Block {
 
 /// All decoded blocks of a machine. A page with blocks is marked as code in [`GuestMemory`], which is what makes stores to it
 /// take the slow path and devices report their writes.
-#[derive(Default)]
 pub struct Cache {
     insns: Vec<Insn>,
     blocks: Map<Key, Block>,
@@ -71,9 +73,23 @@ pub struct Cache {
     /// Changes when the arena starts anew: every vCPU's jump cache is then stale. A block that dies alone leaves [`run::stale`] in
     /// its place instead.
     generation: u64,
-    /// Pages that became code since the machine started or [`Cache::forget_marks`], for TLBs of vCPUs that did not run meanwhile.
+    /// The last pages that became code, for TLBs of vCPUs that did not run meanwhile.
     marks: Vec<u64>,
     marks_base: usize,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            // Never grows, so that nothing moves; the host gives memory when it is first used.
+            insns: Vec::with_capacity(ARENA),
+            blocks: Map::default(),
+            pages: Map::default(),
+            generation: 0,
+            marks: Vec::new(),
+            marks_base: 0,
+        }
+    }
 }
 
 impl Cache {
@@ -114,10 +130,22 @@ impl Cache {
         span
     }
 
+    /// Tells the branch `from`, an instruction of this cache, which block follows it.
+    pub(crate) fn link(&mut self, from: *const Insn, taken: bool, span: Span) {
+        let index = (from as usize).wrapping_sub(self.insns.as_ptr() as usize) / size_of::<Insn>();
+        if let Some(insn) = self.insns.get_mut(index) {
+            insn.set_link(taken, span.start, span.count as u8);
+        }
+    }
+
     fn enlist(&mut self, memory: &GuestMemory, page: u64, key: Key) {
         let keys = self.pages.entry(page).or_default();
         if keys.is_empty() {
             memory.set_code(page, true);
+            if self.marks.len() == MARKS {
+                self.marks_base += MARKS;
+                self.marks.clear();
+            }
             self.marks.push(page);
         }
         keys.push(key);

@@ -7,7 +7,7 @@ use iced_x86::{
 
 use crate::core::{Core, UD};
 use crate::exec;
-use crate::insn::{AddrSize, Fault, Flow, HIGH8, Handler, Insn, LOCK, REP, REPNE, STACK};
+use crate::insn::{AddrSize, Fault, Flow, HIGH8, Handler, Insn, LINK, LOCK, REP, REPNE, STACK};
 use crate::state::{CodeSize, FS, GPR_BLOCK, GPR_ZERO, GS, SEG_FLAT, SS};
 
 /// Instructions of a block at most.
@@ -153,6 +153,10 @@ fn insn(instr: &Instruction, size: CodeSize, off: u16) -> Insn {
         || instr.op_count() > 0 && matches!(instr.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
     {
         i.imm = near;
+        if instr.op0_kind() == OpKind::NearBranch64 {
+            i.prefix |= LINK;
+            (i.base, i.index) = (0, 0);
+        }
     }
     if matches!(instr.mnemonic(), Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne)
         || matches!(instr.mnemonic(), Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz)

@@ -18,6 +18,8 @@ pub enum Flow {
     LeaveJump,
     /// A REP instruction that did some iterations: registers are exact, RIP stays at it.
     Again,
+    /// The block is dead: nothing was executed, look it up again. Only the block cache's own marker says this.
+    Stale,
 }
 
 /// The instruction faulted and changed nothing (precise). Details are in [`Core::fault`].
@@ -41,6 +43,9 @@ pub const REPNE: u8 = 2;
 pub const LOCK: u8 = 4;
 /// The memory operand is a stack reference (segment SS): canonical and limit faults are #SS, not #GP.
 pub const STACK: u8 = 8;
+/// A direct branch of 64-bit code, last in its block. It has no memory operand; `disp`, `base` and `index` hold where the
+/// blocks that follow it are: see [`Insn::link`].
+pub const LINK: u8 = 16;
 
 /// Register number of an 8-bit high register: `HIGH8 | 0..=3` for AH CH DH BH.
 pub const HIGH8: u8 = 0x20;
@@ -69,7 +74,7 @@ pub struct Insn {
     pub r: [u8; 3],
     /// Length in bytes.
     pub len: u8,
-    /// REP, REPNE, LOCK, STACK.
+    /// REP, REPNE, LOCK, STACK, LINK.
     pub prefix: u8,
     /// Operand size in bytes (2, 4, 8; 1 for byte forms).
     pub osize: u8,
@@ -77,4 +82,25 @@ pub struct Insn {
     pub off: u16,
     /// `iced_x86::Code` as u16, for error messages and rarely used handlers that serve several codes.
     pub code: u16,
+}
+
+impl Insn {
+    /// Where the block after this [`LINK`] branch is in the block cache: first instruction and count, 0 when it is not known.
+    #[inline(always)]
+    pub fn link(&self, taken: bool) -> (u32, u8) {
+        let both = self.disp as u64;
+        if taken { (both as u32, self.base) } else { ((both >> 32) as u32, self.index) }
+    }
+
+    /// Only for a block on the same page: that it can be executed here follows from this instruction's being executed.
+    pub fn set_link(&mut self, taken: bool, start: u32, count: u8) {
+        let both = self.disp as u64;
+        if taken {
+            self.disp = (both & !0xffff_ffff | u64::from(start)) as i64;
+            self.base = count;
+        } else {
+            self.disp = (both & 0xffff_ffff | u64::from(start) << 32) as i64;
+            self.index = count;
+        }
+    }
 }

@@ -6,7 +6,7 @@ use vcpu::EngineError;
 use crate::cache::{Cache, Key, Span};
 use crate::core::{Core, DB, Exception, GP, Pending, SS};
 use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
-use crate::insn::{Fault, Flow, Insn, STACK};
+use crate::insn::{Fault, Flow, Insn, LINK, STACK};
 use crate::mmu::{Kind, Rights};
 use crate::state::{Activity, CS, CodeSize, GPR_BLOCK, flags};
 
@@ -36,6 +36,13 @@ enum End {
     FarJump,
     /// The instruction at RIP faulted.
     Fault,
+}
+
+/// The branch that was executed last: null, or an instruction with [`LINK`] of the block at `rip`.
+struct From {
+    branch: *const Insn,
+    taken: bool,
+    rip: u64,
 }
 
 /// Exceptions delivered without one instruction in between before the loop gives others a chance.
@@ -91,17 +98,11 @@ impl Core {
         if !stepping && self.cpu.shadow == 0 {
             return self.blocks(cache);
         }
-        let shadow = std::mem::take(&mut self.cpu.shadow);
+        self.cpu.shadow = 0;
         let rest = self.budget - 1;
         self.budget = 1;
         let mut end = self.blocks(cache);
-        let nothing_done = self.budget == 1;
         self.budget += rest;
-        if nothing_done && end != End::Fault {
-            // A stale block: its successor is executed next time.
-            self.cpu.shadow = shadow;
-            return end;
-        }
         if end == End::Limit {
             end = End::Boundary;
         }
@@ -167,15 +168,17 @@ impl Core {
 
     /// Runs blocks until the budget is used up or the loop has to look at something.
     fn blocks(&mut self, cache: &mut Cache) -> End {
+        let mut from = From { branch: std::ptr::null(), taken: false, rip: 0 };
+        let mut linked = Span { start: 0, count: 0 };
         loop {
             let rip = self.cpu.rip;
-            let linear = self.linear(self.fetch_base, rip);
-            let span = match self.jumps.get(linear, self.jump_key, self.jump_key_global) {
-                Some(span) => span,
-                None => match self.lookup(cache, linear) {
+            let span = if linked.count != 0 {
+                linked
+            } else {
+                match self.successor(cache, rip, &from) {
                     Ok(span) => span,
                     Err(Fault) => return End::Fault,
-                },
+                }
             };
             let insns = cache.insns(span);
             let count = insns.len().min(self.budget as usize);
@@ -211,11 +214,29 @@ impl Core {
             // The common ends first, as plain comparisons: a jump table costs more than all of this.
             if flow == Flow::Jump {
                 self.retire(at.wrapping_add(1), start);
+                // SAFETY: `at` is the instruction just executed.
+                let branch = unsafe { &*at };
+                if branch.prefix & LINK != 0 {
+                    let taken = self.cpu.rip.wrapping_sub(rip) == branch.imm;
+                    let (start, count) = branch.link(taken);
+                    linked = Span { start, count: u32::from(count) };
+                    from = From { branch: at, taken, rip };
+                } else {
+                    linked.count = 0;
+                    from.branch = std::ptr::null();
+                }
             } else if flow == Flow::Next {
+                linked.count = 0;
+                from.branch = std::ptr::null();
                 self.retire(at, start);
                 // SAFETY: at least one instruction was executed, so the one before `at` is in the slice.
                 let last = unsafe { &*at.sub(1) };
                 self.cpu.rip = self.wrap_ip(rip.wrapping_add(u64::from(last.off) + u64::from(last.len)));
+            } else if flow == Flow::Stale {
+                // Whoever led here learns the new place.
+                self.jumps.forget(self.linear(self.fetch_base, rip));
+                linked.count = 0;
+                continue;
             } else {
                 // SAFETY: `at` is the instruction just executed.
                 return self.left(flow, unsafe { &*at }, start, rip);
@@ -227,6 +248,27 @@ impl Core {
                 return End::Limit;
             }
         }
+    }
+
+    /// The block at `rip`, and tells the branch that led there when both are on one page.
+    #[inline]
+    fn successor(&mut self, cache: &mut Cache, rip: u64, from: &From) -> Result<Span, Fault> {
+        let linear = self.linear(self.fetch_base, rip);
+        let generation = cache.generation();
+        let span = match self.jumps.get(linear, self.jump_key, self.jump_key_global) {
+            Some(span) => span,
+            None => self.lookup(cache, linear)?,
+        };
+        // Nothing can be said of a branch whose arena is gone, and what is not in the jump cache (an instruction that crosses into
+        // another page) must be looked up every time.
+        if !from.branch.is_null()
+            && (from.rip ^ rip) >> 12 == 0
+            && generation == cache.generation()
+            && self.jumps.get(linear, self.jump_key, self.jump_key_global) == Some(span)
+        {
+            cache.link(from.branch, from.taken, span);
+        }
+        Ok(span)
     }
 
     /// After an instruction that ended its block in any other way than by a branch.
@@ -368,10 +410,9 @@ fn next_page(linear: u64) -> u64 {
     (linear & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
 }
 
-/// Stands where a dead block began, for jump caches that still point there.
-pub(crate) fn stale(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
-    core.jumps.forget(core.linear(core.fetch_base, core.cpu.rip));
-    Ok(Flow::Again)
+/// Stands where a dead block began, for jump caches and branches that still point there.
+pub(crate) fn stale(_: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+    Ok(Flow::Stale)
 }
 
 fn memory_failure(error: &MemoryError) -> EngineError {

@@ -186,6 +186,41 @@ fn a_string_store_into_code_is_seen() {
 }
 
 #[test]
+fn a_branch_follows_its_changed_target() {
+    // l: cmp ecx, 3; jne f; mov byte [rdi], 5; f: mov al, 1; add ebx, eax; dec ecx; jnz l; hlt. RDI: the immediate of MOV AL.
+    let mut m = Machine::new(&[0x83, 0xf9, 3, 0x75, 3, 0xc6, 7, 5, 0xb0, 1, 0x01, 0xc3, 0xff, 0xc9, 0x75, 0xf0, 0xf4]);
+    (*m.gpr(RCX), *m.gpr(RDI)) = (6, CODE + 9);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RBX), 3 + 3 * 5);
+    // From outside, with all links made.
+    m.write(CODE + 9, &[2]);
+    (*m.gpr(RCX), *m.gpr(RBX)) = (2, 0);
+    m.restart(CODE);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RBX), 4);
+}
+
+#[test]
+fn a_branch_to_an_instruction_across_a_page_end() {
+    // At CODE + 0xff0: l: dec ecx; jnz t; hlt … t (0xffd): add eax, imm32 across the page end; jmp l
+    let mut m = Machine::new(&[0xe9, 0xeb, 0x0f, 0, 0]);
+    m.write(CODE + 0xff0, &[0xff, 0xc9, 0x75, 9, 0xf4]);
+    m.write(CODE + 0xffd, &[0x05, 1, 0, 0, 0, 0xeb, 0xec]);
+    *m.gpr(RCX) = 5;
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 4);
+    // The second page changes place between two runs.
+    m.write(CODE + 0x5000, &[0, 0, 0xeb, 0xec]);
+    m.write(CODE + 0x5000, &[2]);
+    m.entry(PT + 8 * ((CODE + 0x1000) >> 12), (CODE + 0x5000) | P | W | U);
+    m.core.flush_page(CODE + 0x1000);
+    (*m.gpr(RCX), *m.gpr(RAX)) = (2, 0);
+    m.restart(CODE);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 0x0002_0001);
+}
+
+#[test]
 fn a_device_write_to_code_is_seen() {
     let mut m = patched_function(&[]);
     m.steps(4);
