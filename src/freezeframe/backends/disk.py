@@ -107,7 +107,7 @@ def _lock(path: str, fd: int, *, readonly: bool, granularity: Granularity) -> No
         use = "in use" if not readonly else "open for writing"
         raise Busy(
             f"the disk {path} is {use} by {who}",
-            hint=f"{how}, or use a copy of the disk (in a restore: disks=[_disk0@{path}.copy])",
+            hint=f"{how}; or use a copy of the disk: for a restore, disks=[_disk0@/path/to/copy]",
         ) from error
 
 
@@ -126,7 +126,7 @@ def _describe(holders: list[int]) -> tuple[str, str]:
         names.append(f"process {pid} ({os.path.basename(words[0]) if words else 'unknown'})")
         socket = next((new for new in map(_socket_of, words, [*words[1:], ""]) if new), None)
         ways.append(f"ch-remote --api-socket={socket} shutdown-vmm" if socket else f"kill {pid}")
-    return " and ".join(names), "end it (" + "; ".join(ways) + ")"
+    return " and ".join(names), " and ".join(ways)
 
 
 def _socket_of(word: str, following: str) -> str | None:
