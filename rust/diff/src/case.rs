@@ -28,11 +28,13 @@ pub struct State {
     pub rflags: u64,
     pub fs_base: u64,
     pub gs_base: u64,
+    /// ES CS SS DS FS GS.
+    pub selectors: [u16; 6],
 }
 
 impl Default for State {
     fn default() -> Self {
-        Self { fx: [0; 512], gpr: [0; 16], rip: 0, rflags: 2, fs_base: 0, gs_base: 0 }
+        Self { fx: [0; 512], gpr: [0; 16], rip: 0, rflags: 2, fs_base: 0, gs_base: 0, selectors: [0; 6] }
     }
 }
 

@@ -141,11 +141,17 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
     let is_fault = |v: u8| matches!(v, 12..=14);
     if is_fault(native.vector) && is_fault(ours.vector) && same_registers(native, ours) {
         // CMPS with two bad addresses (this processor looks at them in another order with REP than without), FXSAVE and FXRSTOR
-        // with an address that is neither aligned nor canonical, BT with a base that is not canonical: either fault will do.
+        // with an address that is neither aligned nor canonical, BT with a base that is not canonical, far calls and returns whose
+        // stack is bad in more than one way: either fault will do.
         use Mnemonic as M;
         if matches!(
             insn.mnemonic(),
-            M::Cmpsb
+            M::Call
+                | M::Iret
+                | M::Iretd
+                | M::Iretq
+                | M::Retf
+                | M::Cmpsb
                 | M::Cmpsw
                 | M::Cmpsd
                 | M::Cmpsq
@@ -212,6 +218,13 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
             o.rflags & mask,
             flag_names((n.rflags ^ o.rflags) & mask)
         ));
+    }
+    for (i, name) in ["es", "cs", "ss", "ds", "fs", "gs"].iter().enumerate() {
+        // The way to Linux's signal handler clears the RPL of null selectors.
+        let seen = |s: u16| if s < 4 { 0 } else { s };
+        if seen(n.selectors[i]) != seen(o.selectors[i]) {
+            out.push(format!("{name} {:#x} ours {:#x}", n.selectors[i], o.selectors[i]));
+        }
     }
     if n.fs_base != o.fs_base {
         out.push(format!("fs base {:#x} ours {:#x}", n.fs_base, o.fs_base));

@@ -177,6 +177,8 @@ impl Ours {
         state.rip = self.read64(frame);
         state.rflags = self.read64(frame + 16);
         state.gpr[4] = self.read64(frame + 24);
+        state.selectors[CS] = self.read64(frame + 8) as u16;
+        state.selectors[SS] = self.read64(frame + 32) as u16;
         Ok(Outcome { state, vector, error, cr2: cpu.cr2, data: self.data() })
     }
 }
@@ -191,6 +193,9 @@ fn registers(cpu: &Cpu) -> State {
     let mut state = State { gpr: cpu.gpr[..16].try_into().expect("16 registers"), ..State::default() };
     state.fs_base = cpu.seg[FS].base;
     state.gs_base = cpu.seg[GS].base;
+    for (to, from) in state.selectors.iter_mut().zip(&cpu.seg) {
+        *to = from.selector;
+    }
     state.set_u16(fx::FCW, cpu.fpu.fcw);
     state.set_u16(fx::FSW, cpu.fpu.fsw);
     state.fx[fx::FTW] = cpu.fpu.ftw;

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind, Register};
 
-use crate::case::{CODE, CODE_LEN, Case, DATA, DATA_END, DATA_LEN, READ_ONLY, State, fx};
+use crate::case::{CODE, CODE_LEN, Case, DATA, DATA_END, DATA_LEN, READ_ONLY, State, USER_CS32, USER_CS64, USER_DS, fx};
 use crate::forms::{self, Form};
 use crate::rng::Rng;
 use crate::values::{self, Style};
@@ -70,6 +70,12 @@ const PRELUDE: [Code; 48] = [
     Code::Mov_r32_imm32,
 ];
 
+/// Null ones, the user's, the kernel's, ones without a descriptor.
+const SELECTORS: [u16; 24] = [
+    0, 1, 2, 3, USER_DS, USER_DS, USER_DS, USER_DS, USER_CS32, USER_CS32, USER_CS32, USER_CS64, USER_CS64, USER_CS64, 0x20, 0x28,
+    0x2a, 0x22, 0x30, 0x08, 0x10, 0x1b, 0x27, 0x203,
+];
+
 /// Makes case `number` of run `seed` out of `codes`. `None` when no encoding was found.
 /// Up to `prelude` instructions on registers come before the one in question: flags and registers that it uses are then fresh.
 pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32, prelude: u64) -> Option<Case> {
@@ -130,6 +136,10 @@ impl Build<'_> {
         }
         if rng.chance(1) {
             self.state.rflags |= TF;
+        }
+        if matches!(self.form.insn.mnemonic(), Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq) {
+            // IRET that clears TF still traps on the processor, not here.
+            self.state.rflags &= !TF;
         }
         if self.bits == 64 {
             self.state.fs_base = rng.pick(&[0, 0x1000, 0x1234_5678, 0x7000_1234_5670]);
@@ -241,6 +251,10 @@ impl Build<'_> {
         if insn.is_stack_instruction() {
             let t = self.target(8);
             self.state.gpr[4] = if self.rng.chance(70) { t & !7 } else { t };
+            if matches!(insn.flow_control(), FlowControl::IndirectCall) && insn.op0_kind() == OpKind::Memory {
+                // A far call into 32-bit code pushes with the new, narrower stack.
+                self.state.gpr[4] &= 0xffff_ffff;
+            }
             if matches!(insn.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
                 self.state.gpr[5] = self.target(8);
             }
@@ -259,9 +273,18 @@ impl Build<'_> {
             self.pointer(3, 256, insn.segment_prefix());
             self.state.gpr[3] = self.state.gpr[3].wrapping_sub(self.state.gpr[0] & 0xff);
         }
+        if insn.mnemonic() == Mnemonic::Jmp && insn.op0_kind() == OpKind::Memory {
+            self.state.gpr[4] &= 0xffff_ffff;
+        }
+        self.selectors();
         // Good contents wherever the instruction reads.
         let insn = self.insn();
+        let framed = matches!(insn.mnemonic(), Mnemonic::Retf | Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq)
+            || insn.mnemonic() == Mnemonic::Pop && insn.op0_register().is_segment_register();
         for used in factory.info(&insn).used_memory() {
+            if framed {
+                break;
+            }
             if matches!(used.access(), OpAccess::Write | OpAccess::NoMemAccess | OpAccess::None) {
                 continue;
             }
@@ -269,6 +292,53 @@ impl Build<'_> {
             self.contents(&insn, at, used.memory_size().size());
         }
         Some(())
+    }
+
+    /// Selectors and far pointers in registers, immediates and on the stack; numbers of software interrupts.
+    fn selectors(&mut self) {
+        let insn = self.insn();
+        if takes_selector(&insn) {
+            for op in 0..insn.op_count() {
+                if insn.op_kind(op) == OpKind::Register && insn.op_register(op).is_gpr() {
+                    let garbage = self.rng.bits() << 16;
+                    *self.gpr(insn.op_register(op)) = garbage | u64::from(self.rng.pick(&SELECTORS));
+                }
+            }
+        }
+        let frame = match insn.mnemonic() {
+            Mnemonic::Pop if insn.op0_register().is_segment_register() => vec![u64::from(self.rng.pick(&SELECTORS))],
+            Mnemonic::Retf | Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq => {
+                let code =
+                    u64::from(self.rng.pick(&[USER_CS64, USER_CS64, USER_CS32, USER_CS32, self.rng.clone().pick(&SELECTORS)]));
+                let stack = u64::from(self.rng.pick(&[USER_DS, USER_DS, USER_DS, self.rng.clone().pick(&SELECTORS)]));
+                let flags = 2 | self.rng.bits() & (CF_TO_OF | IF | DF | if self.rng.chance(5) { 0x25_7100 } else { 0 });
+                vec![landing(self.rng), code, flags, DATA + 0x900, stack]
+            }
+            Mnemonic::Int => {
+                let vector = self.rng.bits() as u8;
+                // Not Linux's 32-bit system calls.
+                self.form.bytes[self.form.offsets.immediate_offset()] = if vector == 0x80 { 3 } else { vector };
+                let _ = self.redecode();
+                return;
+            }
+            _ => return,
+        };
+        let width = match insn.code().op_code().operand_size() {
+            16 => 2,
+            64 => 8,
+            32 => 4,
+            _ if self.bits == 64 && insn.mnemonic() == Mnemonic::Pop => 8,
+            _ => insn.stack_pointer_increment().unsigned_abs() as usize,
+        };
+        let mut at = self.state.gpr[4].wrapping_sub(DATA);
+        for v in frame {
+            for b in &v.to_le_bytes()[..width.clamp(2, 8)] {
+                if at < DATA_LEN as u64 {
+                    self.data[at as usize] = *b;
+                }
+                at = at.wrapping_add(1);
+            }
+        }
     }
 
     fn value(&self, r: Register) -> u64 {
@@ -300,6 +370,20 @@ impl Build<'_> {
             && self.rng.chance(80)
         {
             bytes[..8].copy_from_slice(&landing(self.rng).to_le_bytes());
+        }
+        let far = matches!(
+            insn.code(),
+            Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664 | Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664
+        );
+        if far || matches!(insn.mnemonic(), Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lds | Mnemonic::Les) {
+            if far {
+                bytes[..8].copy_from_slice(&landing(self.rng).to_le_bytes());
+            }
+            let selector = self.rng.pick(&SELECTORS);
+            bytes[size - 2..size].copy_from_slice(&selector.to_le_bytes());
+        }
+        if size == 2 && takes_selector(insn) {
+            bytes[..2].copy_from_slice(&self.rng.pick(&SELECTORS).to_le_bytes());
         }
         match insn.mnemonic() {
             Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => {
@@ -482,6 +566,12 @@ impl Build<'_> {
         self.form.bytes[at..at + size].copy_from_slice(&to.to_le_bytes()[..size]);
         self.redecode()
     }
+}
+
+fn takes_selector(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(insn.mnemonic(), M::Lar | M::Lsl | M::Verr | M::Verw)
+        || insn.mnemonic() == M::Mov && insn.op0_kind() == OpKind::Register && insn.op0_register().is_segment_register()
 }
 
 fn style(rng: &mut Rng, insn: &Instruction) -> Style {

@@ -62,7 +62,7 @@ unsafe impl Sync for Global {}
 static EXCHANGE: Global = Global(UnsafeCell::new(Exchange {
     phase: Phase::Idle,
     bits: 64,
-    state: State { fx: [0; 512], gpr: [0; 16], rip: 0, rflags: 0, fs_base: 0, gs_base: 0 },
+    state: State { fx: [0; 512], gpr: [0; 16], rip: 0, rflags: 0, fs_base: 0, gs_base: 0, selectors: [0; 6] },
     trap: 0,
     error: 0,
     cr2: 0,
@@ -139,7 +139,11 @@ extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
                 x.phase = Phase::Idle;
                 arch_prctl(ARCH_GET_FS, &raw mut x.state.fs_base as u64);
                 arch_prctl(ARCH_GET_GS, &raw mut x.state.gs_base as u64);
-                // Selectors too: 32-bit cases may have loaded some.
+                let (es, ds, fs, gs): (u16, u16, u16, u16);
+                std::arch::asm!("mov {0:x}, es", "mov {1:x}, ds", "mov {2:x}, fs", "mov {3:x}, gs",
+                    out(reg) es, out(reg) ds, out(reg) fs, out(reg) gs);
+                let packed = gregs[libc::REG_CSGSFS as usize];
+                x.state.selectors = [es, packed as u16, (packed >> 48) as u16, ds, fs, gs];
                 std::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", "mov fs, {0:x}", "mov gs, {0:x}", in(reg) 0);
                 arch_prctl(ARCH_SET_FS, x.host_fs);
                 arch_prctl(ARCH_SET_GS, x.host_gs);

@@ -87,7 +87,7 @@ fn push<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
 }
 fn pop<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let sp = core.cpu.gpr[RSP];
-    let selector = core.peek_stack(sp, 2)? as u16;
+    let selector = core.peek_stack(sp, SIZE)? as u16;
     // The new stack segment's width applies to later accesses, not to this pop.
     let mask = core.stack_mask();
     let flow = load(core, i, selector)?;
@@ -115,9 +115,7 @@ pub fn load_far_pointer(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let selector = core.load16(core.linear(at, u64::from(i.osize)))?;
     core.load_segment(seg, selector)?;
     core.put_register(i.r[0], i.osize, offset);
-    if seg == SS {
-        core.cpu.shadow |= 1;
-    }
+    // No interrupt shadow after LSS: it loads SS and SP at once.
     Ok(Flow::Leave)
 }
 
