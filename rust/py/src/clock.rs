@@ -26,7 +26,7 @@ impl Clock {
     #[staticmethod]
     fn from_state(state: &Bound<'_, PyAny>, host_khz: u64, advance: bool) -> PyResult<Self> {
         let state: ClockState =
-            pythonize::depythonize(state).map_err(|e| errors::raise("Incompatible", &format!("bad clock state: {e}"), &[]))?;
+            crate::saved::read(state).map_err(|e| errors::raise("Incompatible", &format!("bad clock state: {e}"), &[]))?;
         check_rate(state.tsc_khz)?;
         let state = if advance { state.advanced() } else { state };
         Ok(Self { clock: Arc::new(vcpu::Clock::from_state(state, host_khz)) })

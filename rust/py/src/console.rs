@@ -29,8 +29,7 @@ pub fn with_fd<R>(fd: i32, what: &str, f: impl FnOnce(BorrowedFd<'_>) -> std::io
 
 /// A saved state as plain Python values; an error names the field.
 pub fn read_state<T: serde::de::DeserializeOwned>(id: &str, state: &Bound<'_, PyAny>) -> PyResult<T> {
-    let mut source = pythonize::Depythonizer::from_object(state);
-    serde_path_to_error::deserialize(&mut source).map_err(|e| bad_state(id, format!("{}: {}", e.path(), e.inner())))
+    crate::saved::read(state).map_err(|why| bad_state(id, why))
 }
 
 pub fn bad_state(id: &str, why: impl std::fmt::Display) -> PyErr {

@@ -103,7 +103,7 @@ impl Engine {
         let mut engine = self.standing()?;
         check(vcpu, engine.vcpus())?;
         let refuse = |e: String| errors::raise("Incompatible", &format!("state of vCPU {vcpu}: {e}"), &[]);
-        let state: VcpuState = pythonize::depythonize(state).map_err(|e| refuse(e.to_string()))?;
+        let state: VcpuState = crate::saved::read(state).map_err(refuse)?;
         engine.set_state(vcpu, &state).map_err(|e: EngineError| refuse(e.message))
     }
 }

@@ -32,7 +32,7 @@ impl Ioapic {
     #[staticmethod]
     fn from_state(py: Python<'_>, state: &Bound<'_, PyAny>) -> PyResult<Py<Self>> {
         let refuse = |e: String| errors::raise("Incompatible", &format!("saved state of __ioapic: {e}"), &[]);
-        let state: IoapicState = pythonize::depythonize(state).map_err(|e| refuse(e.to_string()))?;
+        let state: IoapicState = crate::saved::read(state).map_err(refuse)?;
         Self::made(py, vcpu::ioapic::Ioapic::from_state(state).map_err(|e| refuse(e.to_string()))?)
     }
 

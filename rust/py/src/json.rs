@@ -325,9 +325,9 @@ impl JsonSchema {
 
     /// The same for a document that already is Python values (a part of `vm.json`): checked and copied.
     fn check<'py>(&self, py: Python<'py>, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let mut deserializer = pythonize::Depythonizer::from_object(value);
+        let document = crate::saved::plain(value).map_err(PyValueError::new_err)?;
         let seed = Seed { schema: &self.0, py };
-        seed.deserialize(&mut deserializer).map_err(|error| PyValueError::new_err(error.to_string()))
+        seed.deserialize(document).map_err(|error| PyValueError::new_err(error.to_string()))
     }
 }
 

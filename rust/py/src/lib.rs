@@ -13,6 +13,7 @@ mod http;
 mod irq;
 mod json;
 mod memory;
+mod saved;
 mod store;
 mod virtio;
 

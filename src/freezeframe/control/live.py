@@ -40,6 +40,7 @@ class LiveBackend:
             raise
 
     def restore(self, directory: str, request: RestoreConfig) -> tuple[VmConfig, Machine]:
+        from freezeframe.config.validate import validate
         from freezeframe.config.vm import VmConfig
         from freezeframe.machine import build_from_snapshot
         from freezeframe.store import SnapshotReader
@@ -47,6 +48,7 @@ class LiveBackend:
         with SnapshotReader.open(directory) as reader:
             try:
                 config = VmConfig.from_plain(reader.config)
+                validate(config)  # it was valid when it was written: nothing in it may be accepted and ignored now
             except ValueError as error:
                 raise Damaged(f"{directory}/vm.json: the configuration: {error}", file=f"{directory}/vm.json") from None
             machine = build_from_snapshot(
