@@ -248,6 +248,8 @@ impl Core {
         self.lapic.publish(&self.shared.apics);
         self.lapic_moved();
         self.refresh();
+        self.breakpoints = crate::debug::Breakpoints::default();
+        self.refresh_breakpoints();
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use vcpu::{Bus, Clock, Control, EngineError, EoiListener};
 
 use crate::apics::Apics;
 use crate::cache::JumpCache;
+use crate::debug::Breakpoints;
 use crate::events::Reinject;
 use crate::insn::{Fault, HIGH8, Insn};
 use crate::kvmclock::KvmClock;
@@ -92,6 +93,8 @@ pub struct Core {
     pub hwcr: u64,
     /// An event whose delivery a snapshot interrupted (only KVM makes such ones): comes before anything else.
     pub reinject: Option<Reinject>,
+    /// What the debug registers watch.
+    pub breakpoints: Breakpoints,
     /// Set together with returning [`Fault`].
     pub fault: Option<Pending>,
     /// The #GP in `fault` is of a non-canonical address: the loop turns it into #SS for stack references.
@@ -147,6 +150,7 @@ impl Core {
             tsc_adjust: 0,
             hwcr: 0,
             reinject: None,
+            breakpoints: Breakpoints::default(),
             fault: None,
             noncanonical: false,
             yielded: false,

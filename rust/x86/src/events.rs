@@ -82,12 +82,18 @@ impl Core {
 
     /// INT1 (ICEBP): a #DB without the gate's privilege check. RIP is already the next instruction's.
     pub fn icebp(&mut self) -> Result<(), Fault> {
-        self.enter(DB, Source::Hardware, None, false)
+        self.enter(DB, Source::Hardware, None, false)?;
+        // A data breakpoint that MOV SS held back comes with it.
+        let held = std::mem::take(&mut self.breakpoints.hit);
+        if held != 0 {
+            self.cpu.dr[6] = self.cpu.dr[6] & !0xf | held;
+        }
+        Ok(())
     }
 
     /// #DB for a single step that has just been completed.
     pub fn single_step_trap(&mut self) -> Result<(), Fault> {
-        self.cpu.dr[6] |= 1 << 14;
+        self.cpu.dr[6] = self.cpu.dr[6] & !0xf | 1 << 14;
         self.deliver(Exception { vector: DB, error: None, cr2: 0 }).map(|_| ())
     }
 
@@ -180,6 +186,7 @@ impl Core {
             if self.lapic.base & crate::lapic::APIC_BASE_BSP != 0 { Activity::Running } else { Activity::WaitSipi };
         self.flush_tlb_all();
         self.refresh();
+        self.refresh_breakpoints();
         self.leave();
     }
 
@@ -196,7 +203,9 @@ impl Core {
 
     /// Enters the handler of `vector`. On a fault nothing has changed but memory below the stack pointer.
     fn enter(&mut self, vector: u8, source: Source, error: Option<u32>, rf: bool) -> Result<(), Fault> {
-        let image = self.cpu.rflags() & !flags::RF | if rf { flags::RF } else { self.cpu.flags & flags::RF };
+        // RF lasts for one instruction; only with breakpoints does anybody ask, so only then is it kept exactly.
+        let kept = if self.breakpoints.active { self.cpu.flags & flags::RF } else { 0 };
+        let image = self.cpu.rflags() & !flags::RF | if rf { flags::RF } else { kept };
         if !self.cpu.protected() {
             return self.enter_real(vector);
         }

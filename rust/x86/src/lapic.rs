@@ -214,11 +214,7 @@ impl Lapic {
         }
         let mode = |v: u64| v >> 10 & 3;
         // 0 disabled, 2 xAPIC, 3 x2APIC, 1 invalid (SDM vol. 3, figure 11-27).
-        let allowed = match (mode(self.base), mode(value)) {
-            (_, 1) | (3, 2) | (0, 3) => false,
-            _ => true,
-        };
-        if !allowed {
+        if matches!((mode(self.base), mode(value)), (_, 1) | (3, 2) | (0, 3)) {
             return Err(Refused);
         }
         let before = mode(self.base);

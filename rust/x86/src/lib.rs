@@ -12,6 +12,7 @@ pub mod cache;
 pub mod convert;
 pub mod core;
 pub mod cpuid;
+pub mod debug;
 pub mod decode;
 pub mod engine;
 pub mod events;

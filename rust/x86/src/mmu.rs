@@ -322,6 +322,14 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
+        let value = self.load_unwatched(lin, len, rights)?;
+        if self.breakpoints.data {
+            self.watch_access(lin, len, false);
+        }
+        Ok(value)
+    }
+
+    fn load_unwatched(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
         let first = PAGE_SIZE - (lin & OFFSET);
         if len <= first {
             let phys = self.translate(lin, Kind::Read, rights)?;
@@ -338,6 +346,14 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn store_slow(&mut self, lin: u64, len: u64, v: u128, rights: Rights) -> Result<(), Fault> {
+        self.store_unwatched(lin, len, v, rights)?;
+        if self.breakpoints.data {
+            self.watch_access(lin, len, true);
+        }
+        Ok(())
+    }
+
+    fn store_unwatched(&mut self, lin: u64, len: u64, v: u128, rights: Rights) -> Result<(), Fault> {
         let first = PAGE_SIZE - (lin & OFFSET);
         if len <= first {
             let phys = self.translate(lin, Kind::Write, rights)?;
@@ -444,7 +460,8 @@ impl Core {
         let found = self.walk(lin, kind, user, rights)?;
         let phys = found.phys & !OFFSET | lin & OFFSET;
         // With SMAP the right to touch a user page changes with AC, so such a translation is never kept.
-        let keep = phys & !OFFSET != self.lapic_page && !(found.user && !user && self.cpu.cr4 & CR4_SMAP != 0);
+        let watched = self.breakpoints.data && self.watched_page(lin);
+        let keep = !watched && phys & !OFFSET != self.lapic_page && !(found.user && !user && self.cpu.cr4 & CR4_SMAP != 0);
         if keep {
             if let Some(host) = self.host(phys)? {
                 let write = kind == Kind::Write && !self.shared.memory.is_code(phys);

@@ -95,8 +95,11 @@ impl Core {
     #[inline]
     fn step_or_run(&mut self, cache: &mut Cache) -> End {
         let stepping = self.cpu.flags & flags::TF != 0;
-        if !stepping && self.cpu.shadow == 0 {
+        if !stepping && self.cpu.shadow == 0 && !self.breakpoints.active && self.breakpoints.hit == 0 {
             return self.blocks(cache);
+        }
+        if self.breakpoint_before() {
+            return End::Fault;
         }
         self.cpu.shadow = 0;
         let rest = self.budget - 1;
@@ -111,12 +114,37 @@ impl Core {
             End::FarJump => self.cpu.flags & flags::TF != 0,
             _ => self.cpu.shadow & 1 == 0,
         };
-        if stepping && trap {
-            self.cpu.dr[6] |= DR6_BS;
-            self.raise(DB, None);
+        match end {
+            // What a faulting instruction touched does not count.
+            End::Fault => self.breakpoints.hit = 0,
+            // IRET has just loaded RF.
+            End::FarJump => {}
+            _ if self.breakpoints.active => self.cpu.flags &= !flags::RF,
+            _ => {}
+        }
+        let hit = if end != End::Fault && self.cpu.shadow & 1 == 0 { std::mem::take(&mut self.breakpoints.hit) } else { 0 };
+        if stepping && trap || hit != 0 {
+            self.debug_exception(hit | if stepping && trap { DR6_BS } else { 0 });
             return End::Fault;
         }
         end
+    }
+
+    /// A data breakpoint hit on the way into an exception, or an instruction breakpoint at RIP: #DB before the instruction.
+    #[cold]
+    fn breakpoint_before(&mut self) -> bool {
+        // MOV SS holds back data breakpoints, on AMD not those on the next instruction.
+        let hit = if self.cpu.shadow & 1 == 0 { std::mem::take(&mut self.breakpoints.hit) } else { 0 };
+        let code = if hit == 0 { self.code_breakpoint() } else { 0 };
+        if hit | code == 0 {
+            return false;
+        }
+        if code != 0 {
+            // The frame shows RF, so that the return executes the instruction.
+            self.cpu.flags |= flags::RF;
+        }
+        self.debug_exception(hit | code);
+        true
     }
 
     /// Deals with `fault`: delivers an exception (`None`: go on) or says why the machine must stop.

@@ -257,3 +257,54 @@ fn io_bitmap() {
     assert!(ask(&mut m, 9, 1));
     assert!(!ask(&mut m, 8, 1) && !ask(&mut m, 9, 2) && !ask(&mut m, 0x20, 1) && !ask(&mut m, 0xffff, 4));
 }
+
+/// A vCPU with `code` at 0x5000, #DB and #GP handlers that halt.
+fn debugged(code: &[u8], dr: [u64; 4], dr7: u64) -> (Machine, x86::cache::Cache) {
+    let mut m = machine(1);
+    m.long_mode(0, 0);
+    m.write(0x5000, code);
+    m.write(0x7000, &[0xf4]);
+    m.gate64(DB, CODE64, 0x7000, INT64, 0);
+    let c = &mut m.cores[0];
+    c.cpu.dr[..4].copy_from_slice(&dr);
+    c.cpu.dr[7] = dr7 | 0x400;
+    c.refresh_breakpoints();
+    (m, x86::cache::Cache::new())
+}
+
+/// Runs until the handler halts; the frame's RIP and RFLAGS, and DR6's cause bits.
+fn until_halt(m: &mut Machine, cache: &mut x86::cache::Cache) -> (u64, u64, u64) {
+    let exit = m.cores[0].run(cache, 1000);
+    assert!(matches!(exit, x86::run::RunExit::Halted), "{exit:?}");
+    let sp = m.cores[0].cpu.gpr[4];
+    (m.read64(sp), m.read64(sp + 16), m.cores[0].cpu.dr[6] & 0xe00f)
+}
+
+#[test]
+fn instruction_breakpoints() {
+    let (mut m, mut cache) = debugged(&[0x90, 0x90, 0x90, 0xf4], [0x5002, 0, 0, 0], 1);
+    let (rip, rflags, causes) = until_halt(&mut m, &mut cache);
+    assert_eq!((rip, rflags & flags::RF, causes), (0x5002, flags::RF, 1));
+    // With RF the instruction is executed.
+    let c = &mut m.cores[0];
+    (c.cpu.rip, c.cpu.activity) = (0x5002, Activity::Running);
+    c.cpu.flags |= flags::RF;
+    assert!(matches!(c.run(&mut cache, 10), x86::run::RunExit::Halted));
+    assert_eq!((c.cpu.rip, c.cpu.flags & flags::RF), (0x5004, 0));
+}
+
+#[test]
+fn data_breakpoints_trap_after_the_access() {
+    // mov [0x9100], eax; mov eax, [0x9104]; nop; hlt
+    let code = [0x89, 0x04, 0x25, 0x00, 0x91, 0, 0, 0x8b, 0x04, 0x25, 0x04, 0x91, 0, 0, 0x90, 0xf4];
+    // DR1: writes of 4 bytes at 0x9100.
+    let (mut m, mut cache) = debugged(&code, [0, 0x9100, 0, 0], 1 << 2 | 0xd << 20);
+    assert_eq!(until_halt(&mut m, &mut cache), (0x5007, 2, 2));
+    // DR2: any access of one byte in the middle of the load.
+    let (mut m, mut cache) = debugged(&code, [0, 0, 0x9106, 0], 2 << 4 | 0x3 << 24);
+    assert_eq!(until_halt(&mut m, &mut cache).0, 0x500e);
+    // Neither: the program ends.
+    let (mut m, mut cache) = debugged(&code, [0x9200, 0x9108, 0, 0], 5 | 0xf << 16 | 0xd << 20);
+    assert!(matches!(m.cores[0].run(&mut cache, 1000), x86::run::RunExit::Halted));
+    assert_eq!(m.cores[0].cpu.rip, 0x5010);
+}

@@ -147,6 +147,9 @@ impl Core {
         if (old ^ value) & CR4_PAGING != 0 {
             self.flush_tlb_all();
         }
+        if (old ^ value) & CR4_DE != 0 {
+            self.refresh_breakpoints();
+        }
         Ok(())
     }
 }
@@ -184,6 +187,7 @@ fn write_dr(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
         7 => value & 0xffff_23ff | DR7_FIXED,
         _ => value,
     };
+    core.refresh_breakpoints();
     Ok(Flow::Leave)
 }
 

@@ -10,10 +10,12 @@ use crate::state::{ES, RAX, RCX, RDI, RDX, RSI, flags};
 /// #GP(0) unless IOPL or the TSS's bitmap allows `width` bytes at `port`.
 fn allowed(core: &mut Core, port: u16, width: u8) -> Result<(), Fault> {
     if !core.cpu.protected() {
+        core.watch_port(port, width);
         return Ok(());
     }
     let iopl = (core.cpu.flags >> 12 & 3) as u8;
     if !core.cpu.v8086() && core.cpu.cpl <= iopl || core.io_bitmap_allows(port, width)? {
+        core.watch_port(port, width);
         return Ok(());
     }
     Err(core.raise(GP, Some(0)))
