@@ -75,7 +75,13 @@ fn excluded(code: Code) -> bool {
         code,
         // Linux on KVM reports another RIP for INT1; AMD reads 32 bits for the 16-bit MOVSXD and has no far
         // pointers with 64-bit offsets.
-        Code::Int1 | Code::Movsxd_r16_rm16
+        Code::Int1
+            | Code::Movsxd_r16_rm16
+            | Code::Call_m1664
+            | Code::Jmp_m1664
+            | Code::Lss_r64_m1664
+            | Code::Lfs_r64_m1664
+            | Code::Lgs_r64_m1664
     )
 }
 
