@@ -268,12 +268,6 @@ impl VirtioBlk {
         self.disk(py, |b| b.disk.sync()).map_err(|e| errors::io_failed("cannot write the disk's data to its medium", &e))
     }
 
-    /// `{"size", "mtime_ns", "ctime_ns", "dev", "ino"}` of the image now.
-    fn identity<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let identity = self.disk(py, |b| b.disk.identity()).map_err(|e| errors::io_failed("cannot stat the disk", &e))?;
-        Ok(pythonize::pythonize(py, &identity)?)
-    }
-
     /// The next write will have another time stamp than the image has at this moment.
     fn arm_write_barrier(&self, py: Python<'_>) {
         self.disk(py, |b| b.disk.arm_write_barrier());

@@ -33,6 +33,9 @@ class Registers:
     def set_intx_disabled(self, disabled):
         self.seen.append(("intx", disabled))
 
+    def intx_pending(self):
+        return self.mark == 0x43
+
 
 @pytest.fixture
 def rig():

@@ -43,6 +43,8 @@ CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = 1, 2, 3, 4, 5
 MSIX_ENABLE = 1 << 15
 MSIX_MASK_ALL = 1 << 14
 INTA = 1
+STATUS = 6
+STATUS_INTERRUPT = 1 << 3
 
 
 class Kind:
@@ -151,7 +153,11 @@ class VirtioFunction:
             window = self._window()
             if window:
                 self._config.set("window_data", self._registers.read(*window))
-        return self._config.read(offset, size)
+        value = self._config.read(offset, size)
+        # Bit 3 of the status register: INTx would be pulled but for the command register's disable bit.
+        if offset <= STATUS < offset + size and self._registers.intx_pending():
+            value |= STATUS_INTERRUPT << 8 * (STATUS - offset)
+        return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         self._config.write(offset, size, value)
