@@ -34,7 +34,7 @@ class Registers:
         self.seen.append(("intx", disabled))
 
     def intx_pending(self):
-        return self.mark == 0x43
+        return self.mark == 0x44
 
 
 @pytest.fixture
@@ -145,6 +145,17 @@ def test_msix_and_intx_control_reach_the_device(rig):
     assert ("msix", True, False) in rng.seen
     assert ("intx", True) in rng.seen
     assert cfg(bus, 1, 0x8A, 2) == 0x8002
+
+
+def test_status_shows_a_pending_intx(rig):
+    bus, _, rng, _ = rig
+    before = cfg(bus, 1, 4)
+    rng.mark = 0x44
+    assert cfg(bus, 1, 4) == before | 1 << 19
+    assert cfg(bus, 1, 6, 2) == before >> 16 | 8
+    assert cfg(bus, 1, 6, 1) & 8
+    assert cfg(bus, 1, 4, 2) == before & 0xFFFF
+    assert cfg(bus, 1, 7, 1) == before >> 24
 
 
 def test_window_capability_reaches_bar_0(rig):
