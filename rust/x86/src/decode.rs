@@ -224,12 +224,12 @@ fn memory(instr: &Instruction, size: CodeSize, i: &mut Insn) {
             _ => i.asize,
         }
     };
-    let gpr = |r: Register| match r {
+    let base_number = match base {
         Register::RIP | Register::EIP => GPR_BLOCK,
         Register::None => GPR_ZERO,
         r => r.number() as u8,
     };
-    i.base = gpr(base);
+    i.base = base_number;
     i.index = if index.is_gpr() { index.number() as u8 } else { GPR_ZERO };
 }
 

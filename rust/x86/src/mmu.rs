@@ -579,7 +579,7 @@ impl Core {
                 // PSE-36: bits 20:13 of the entry are bits 39:32 of the address.
                 entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32 | lin & 0x3f_ffff
             };
-            let exec = !no_exec && !(allows_user && !user && self.cpu.cr4 & CR4_SMEP != 0);
+            let exec = !no_exec && (user || !allows_user || self.cpu.cr4 & CR4_SMEP == 0);
             return Ok(Page { phys, user: allows_user, exec, global: entry & G != 0 && self.cpu.cr4 & CR4_PGE != 0 });
         }
     }
@@ -590,7 +590,7 @@ impl Core {
             return allows_user && (kind != Kind::Write || writable) && !(kind == Kind::Fetch && no_exec);
         }
         if kind == Kind::Fetch {
-            return !no_exec && !(allows_user && cpu.cr4 & CR4_SMEP != 0);
+            return !no_exec && (!allows_user || cpu.cr4 & CR4_SMEP == 0);
         }
         if allows_user && cpu.cr4 & CR4_SMAP != 0 {
             let explicit = rights == Rights::Current;

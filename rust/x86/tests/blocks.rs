@@ -1,4 +1,5 @@
 //! The block loop: exact stops, self-modifying code, REP, single stepping.
+#![allow(clippy::precedence)]
 
 mod flat;
 

@@ -1,4 +1,5 @@
 //! Address translation: rights, page sizes, accessed and dirty bits, what the TLB may keep.
+#![allow(clippy::precedence)]
 
 mod flat;
 
