@@ -4,7 +4,7 @@ use memory::{MemoryError, PAGE_SIZE};
 use vcpu::EngineError;
 
 use crate::cache::{Cache, Key, Span};
-use crate::core::{Core, DB, Exception, GP, Pending, SS};
+use crate::core::{Core, Exception, GP, Pending, SS};
 use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
 use crate::insn::{Fault, Flow, Insn, LINK, STACK};
 use crate::mmu::{Kind, Rights};
@@ -95,13 +95,19 @@ impl Core {
     #[inline]
     fn step_or_run(&mut self, cache: &mut Cache) -> End {
         let stepping = self.cpu.flags & flags::TF != 0;
-        if !stepping && self.cpu.shadow == 0 && !self.breakpoints.active && self.breakpoints.hit == 0 {
+        if !stepping
+            && self.cpu.flags & flags::RF == 0
+            && self.cpu.shadow == 0
+            && !self.breakpoints.active
+            && self.breakpoints.hit == 0
+        {
             return self.blocks(cache);
         }
         if self.breakpoint_before() {
             return End::Fault;
         }
         self.cpu.shadow = 0;
+        let rip = self.cpu.rip;
         let rest = self.budget - 1;
         self.budget = 1;
         let mut end = self.blocks(cache);
@@ -119,7 +125,9 @@ impl Core {
             End::Fault => self.breakpoints.hit = 0,
             // IRET has just loaded RF.
             End::FarJump => {}
-            _ if self.breakpoints.active => self.cpu.flags &= !flags::RF,
+            // Good for one instruction, whether there are breakpoints or not: interrupt frames show it.
+            _ if self.cpu.rip != rip => self.cpu.flags &= !flags::RF,
+            // Between the iterations of one instruction it stays.
             _ => {}
         }
         let hit = if end != End::Fault && self.cpu.shadow & 1 == 0 { std::mem::take(&mut self.breakpoints.hit) } else { 0 };

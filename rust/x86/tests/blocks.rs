@@ -314,3 +314,56 @@ fn a_fault_changes_nothing() {
     assert_eq!((m.core.cpu.rip, *m.gpr(x86::state::RSP), m.core.cpu.icount), (CODE, 0x10, 0));
     let _ = STACK;
 }
+
+#[test]
+fn a_code_breakpoint_hits_before_its_instruction_and_once_with_rf() {
+    // inc eax; inc eax; inc eax; hlt, with a breakpoint on the second
+    let mut m = Machine::new(&[0xff, 0xc0, 0xff, 0xc0, 0xff, 0xc0, 0xf4]);
+    m.core.cpu.dr[0] = CODE + 2;
+    m.core.cpu.dr[7] = 0x402;
+    m.core.refresh_breakpoints();
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.rip, *m.gpr(RAX)), (1, CODE + 2, 1));
+    assert_eq!(m.core.cpu.dr[6] & 15, 1);
+    m.restart(CODE + 2);
+    m.core.cpu.flags |= flags::RF;
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 3);
+    assert_eq!(m.core.cpu.flags & flags::RF, 0, "RF is good for one instruction");
+}
+
+#[test]
+fn data_breakpoints_hit_after_their_instruction() {
+    // mov al, [rdi]; mov [rdi], al; nop; hlt
+    let code = &[0x8a, 7, 0x88, 7, 0x90, 0xf4];
+    // (R/W, length code, address of the breakpoint, RIP after the hit)
+    for (rw, len, at, rip) in [
+        (1, 0, DATA + 5, Some(CODE + 4)),
+        (3, 0, DATA + 5, Some(CODE + 2)),
+        (1, 3, DATA + 4, Some(CODE + 4)),
+        (1, 0, DATA + 6, None),
+        (1, 2, DATA, Some(CODE + 4)),
+    ] {
+        let mut m = Machine::new(code);
+        *m.gpr(RDI) = DATA + 5;
+        m.core.cpu.dr[3] = at;
+        m.core.cpu.dr[7] = 0x480 | rw << 28 | len << 30;
+        m.core.refresh_breakpoints();
+        let caught = m.run();
+        assert_eq!(caught.map(|c| c.rip), rip, "R/W {rw} length {len} at {at:#x}");
+        if let Some(c) = caught {
+            assert_eq!((c.vector, m.core.cpu.dr[6] & 15), (1, 8));
+        }
+    }
+}
+
+#[test]
+fn a_data_breakpoint_stops_a_copy_after_the_iteration() {
+    let mut m = Machine::new(&copy(100));
+    (*m.gpr(RSI), *m.gpr(RDI)) = (DATA, DATA + 0x2000);
+    m.core.cpu.dr[0] = DATA + 0x2010;
+    m.core.cpu.dr[7] = 0x1_0402;
+    m.core.refresh_breakpoints();
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.rip, *m.gpr(RCX)), (1, CODE + 5, 100 - 17));
+}
