@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 
 import pytest
 
@@ -79,6 +80,31 @@ def test_a_guest_goes_on_through_many_restores(tmp_path, name):
             machine.pause()
             assert "BAD" not in console.text
             machine = again(machine, clock="Freeze" if round_ % 2 else "Advance")
+    finally:
+        machine.close()
+
+
+def test_a_restored_guest_catches_up_with_the_time_that_passed(tmp_path):
+    machine = build_for_boot(configured(tmp_path, smp(2), 2), capture=MIB)
+    try:
+        machine.resume()
+        serial(machine).expect("T 3", 60)
+        machine.pause()
+        state, memory = machine.save(), copy_of(machine.memory)
+        for name in ("host_wall_ns", "wall_ns"):
+            state["clock"][name] -= 3600 * 10**9
+        config = machine.config
+        machine.close()
+        machine = build_from_snapshot(config, state, memory, capture=MIB)
+        console = serial(machine)
+        machine.resume()
+        deadline = time.monotonic() + 60
+        while machine._parts.clock.state()["boot_ns"] < 3600 * 10**9:
+            console.expect(r"T \d+", 60)
+            assert time.monotonic() < deadline
+        assert "BAD" not in console.text
+        machine.pause()
+        assert abs(machine.save()["clock"]["wall_ns"] - time.time_ns()) < 5 * 10**9
     finally:
         machine.close()
 

@@ -22,14 +22,14 @@ impl Clock {
         Ok(Self { clock: Arc::new(vcpu::Clock::new(tsc_khz, host_khz)) })
     }
 
-    /// A stopped clock that goes on from `state`; with `advance` as if the time since then had been lived through.
+    /// A stopped clock that goes on from `state`; with `advance` it makes up for the time since then once it runs, step by step.
     #[staticmethod]
     fn from_state(state: &Bound<'_, PyAny>, host_khz: u64, advance: bool) -> PyResult<Self> {
         let state: ClockState =
             crate::saved::read(state).map_err(|e| errors::raise("Incompatible", &format!("bad clock state: {e}"), &[]))?;
         check_rate(state.tsc_khz)?;
-        let state = if advance { state.advanced() } else { state };
-        Ok(Self { clock: Arc::new(vcpu::Clock::from_state(state, host_khz)) })
+        let make = if advance { vcpu::Clock::advancing } else { vcpu::Clock::from_state };
+        Ok(Self { clock: Arc::new(make(state, host_khz)) })
     }
 
     #[getter]

@@ -25,7 +25,17 @@ pub struct ClockState {
 struct Epoch {
     started: Instant,
     state: ClockState,
+    /// Nanoseconds that passed while the machine did not exist and that it has not lived through yet.
+    owed: u64,
 }
+
+/// The largest step in which a clock catches up. Linux computes with a clock source's difference since its last tick in 64 bits, which
+/// overflow after some 15 minutes (it allows for 440 s at 2.6 GHz); a guest must come to its timer interrupt before that.
+const STEP_MAX_NS: u64 = 200_000_000_000;
+const STEP_MIN_NS: u64 = 50_000_000;
+/// The part of what is owed that one step makes up. Scheduler clocks charge a step to whoever runs: many shrinking steps
+/// hit the tasks in turn and even out.
+const STEP_PART: u64 = 32;
 
 /// Host-driven clock: runs with the host's monotonic time between `resume` and `pause`.
 pub struct Clock {
@@ -34,6 +44,8 @@ pub struct Clock {
     /// Guest TSC = host ticks + offset while running (only when the rates are equal, see `native`).
     offset: AtomicU64,
     native: bool,
+    /// Whether `owed` is not zero.
+    behind: AtomicBool,
     epoch: Mutex<Epoch>,
 }
 
@@ -62,14 +74,25 @@ impl Clock {
         Self::from_state(ClockState { tsc_khz, tsc: 0, boot_ns: 0, wall_ns: wall, host_wall_ns: wall }, host_khz)
     }
 
-    /// A stopped clock that goes on from `state`. For `clock=advance` call [`ClockState::advanced`] first.
+    /// A stopped clock that goes on from `state` as if nothing had happened since.
     pub fn from_state(state: ClockState, host_khz: u64) -> Self {
+        Self::owing(state, host_khz, 0)
+    }
+
+    /// `clock=advance`: goes on from `state`, and once it runs makes up for the time that has passed since, step by step: whoever
+    /// runs the vCPUs calls [`Clock::catch_up`]. A host clock that went back adds nothing.
+    pub fn advancing(state: ClockState, host_khz: u64) -> Self {
+        Self::owing(state, host_khz, host_wall_ns().saturating_sub(state.host_wall_ns))
+    }
+
+    fn owing(state: ClockState, host_khz: u64, owed: u64) -> Self {
         Self {
+            behind: AtomicBool::new(owed > 0),
             tsc_khz: state.tsc_khz,
             running: AtomicBool::new(false),
             offset: AtomicU64::new(0),
             native: cfg!(target_arch = "x86_64") && host_khz == state.tsc_khz,
-            epoch: Mutex::new(Epoch { started: Instant::now(), state }),
+            epoch: Mutex::new(Epoch { started: Instant::now(), state, owed }),
         }
     }
 
@@ -100,9 +123,13 @@ impl Clock {
         self.state().tsc
     }
 
-    /// Everything at this moment; the clock goes on.
+    /// Everything at this moment; the clock goes on. What it still owes shows as an earlier `host_wall_ns`, so that it is
+    /// not forgotten when this is saved.
     pub fn state(&self) -> ClockState {
-        let epoch = self.epoch();
+        self.now(&self.epoch())
+    }
+
+    fn now(&self, epoch: &Epoch) -> ClockState {
         if !self.running.load(Ordering::Acquire) {
             return epoch.state;
         }
@@ -117,8 +144,13 @@ impl Clock {
             tsc,
             boot_ns: epoch.state.boot_ns.saturating_add(self.ns(tsc.wrapping_sub(epoch.state.tsc))),
             wall_ns: epoch.state.wall_ns.saturating_add(ns),
-            host_wall_ns: host_wall_ns(),
+            host_wall_ns: host_wall_ns().saturating_sub(epoch.owed),
         }
+    }
+
+    fn start(&self, epoch: &mut Epoch) {
+        epoch.started = Instant::now();
+        self.offset.store(epoch.state.tsc.wrapping_sub(host_ticks()), Ordering::Relaxed);
     }
 
     pub fn resume(&self) {
@@ -126,17 +158,41 @@ impl Clock {
         if self.running.load(Ordering::Acquire) {
             return;
         }
-        epoch.started = Instant::now();
-        self.offset.store(epoch.state.tsc.wrapping_sub(host_ticks()), Ordering::Relaxed);
+        self.start(&mut epoch);
         self.running.store(true, Ordering::Release);
     }
 
     pub fn pause(&self) {
-        let now = self.state();
         let mut epoch = self.epoch();
+        let now = self.now(&epoch);
         if self.running.swap(false, Ordering::AcqRel) {
             epoch.state = now;
         }
+    }
+
+    /// Whether there is time to catch up with. One relaxed load.
+    pub fn behind(&self) -> bool {
+        self.behind.load(Ordering::Relaxed)
+    }
+
+    /// Moves a running clock one step on towards where it would be had the machine never stood still. To be called while no vCPU
+    /// executes; afterwards the guests' clock pages must be written anew, as after a pause.
+    pub fn catch_up(&self) {
+        let mut epoch = self.epoch();
+        if epoch.owed == 0 || !self.running.load(Ordering::Acquire) {
+            return;
+        }
+        let mut now = self.now(&epoch);
+        let step = (epoch.owed / STEP_PART).clamp(STEP_MIN_NS, STEP_MAX_NS).min(epoch.owed);
+        epoch.owed -= step;
+        let ticks = scale(step, self.tsc_khz);
+        now.tsc = now.tsc.wrapping_add(ticks);
+        now.boot_ns = now.boot_ns.saturating_add(self.ns(ticks));
+        now.wall_ns = now.wall_ns.saturating_add(step);
+        now.host_wall_ns = now.host_wall_ns.saturating_add(step);
+        epoch.state = now;
+        self.start(&mut epoch);
+        self.behind.store(epoch.owed > 0, Ordering::Relaxed);
     }
 
     /// How long until the guest's TSC reaches `deadline`; zero when it has.
@@ -149,17 +205,71 @@ impl Clock {
     }
 }
 
-impl ClockState {
-    /// `clock=advance`: as if the machine had lived through the time since it stopped. A host clock that went back adds nothing.
-    pub fn advanced(self) -> Self {
-        let now = host_wall_ns();
-        let ns = now.saturating_sub(self.host_wall_ns);
-        Self {
-            tsc_khz: self.tsc_khz,
-            tsc: self.tsc.wrapping_add(scale(ns, self.tsc_khz)),
-            boot_ns: self.boot_ns + ns,
-            wall_ns: self.wall_ns + ns,
-            host_wall_ns: now,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: u64 = 3_600_000_000_000;
+
+    fn saved(ago: u64) -> ClockState {
+        let host = host_wall_ns() - ago;
+        ClockState { tsc_khz: 2_000_000, tsc: 7_000, boot_ns: 3_500, wall_ns: host, host_wall_ns: host }
+    }
+
+    #[test]
+    fn a_frozen_clock_owes_nothing() {
+        let clock = Clock::from_state(saved(HOUR), 0);
+        clock.resume();
+        assert!(!clock.behind());
+        assert!(clock.state().tsc < 2_000_000_000);
+    }
+
+    #[test]
+    fn an_advancing_clock_catches_up_in_steps_that_a_guest_can_take() {
+        let clock = Clock::advancing(saved(100 * HOUR), 0);
+        assert_eq!(clock.state().tsc, 7_000);
+        clock.resume();
+        let (mut steps, mut before) = (0, clock.state());
+        while clock.behind() {
+            clock.catch_up();
+            let now = clock.state();
+            let moved = now.boot_ns - before.boot_ns;
+            assert!(moved < STEP_MAX_NS + 1_000_000_000, "{moved} ns at once");
+            assert_eq!(clock.ns(now.tsc - clock.anchor().tsc), now.boot_ns - clock.anchor().boot_ns);
+            (steps, before) = (steps + 1, now);
         }
+        assert!((1800..3000).contains(&steps), "{steps} steps");
+        let now = clock.state();
+        assert!((100 * HOUR..101 * HOUR).contains(&(now.boot_ns)));
+        assert!(now.wall_ns.abs_diff(host_wall_ns()) < 1_000_000_000);
+        clock.catch_up();
+        assert!(clock.state().boot_ns < 101 * HOUR);
+    }
+
+    #[test]
+    fn what_is_owed_is_not_forgotten_when_the_clock_is_saved_meanwhile() {
+        let clock = Clock::advancing(saved(100 * HOUR), 0);
+        clock.resume();
+        for _ in 0..100 {
+            clock.catch_up();
+        }
+        clock.pause();
+        let half = clock.state();
+        assert!(half.boot_ns > HOUR && half.boot_ns < 50 * HOUR);
+        let again = Clock::advancing(half, 0);
+        again.resume();
+        while again.behind() {
+            again.catch_up();
+        }
+        assert!(again.state().wall_ns.abs_diff(host_wall_ns()) < 1_000_000_000);
+        // Saved before it ever ran: the same.
+        assert_eq!(Clock::advancing(half, 0).state(), half);
+    }
+
+    #[test]
+    fn a_host_clock_that_went_back_adds_nothing() {
+        let mut state = saved(0);
+        state.host_wall_ns += HOUR;
+        assert!(!Clock::advancing(state, 0).behind());
     }
 }

@@ -16,6 +16,8 @@ use crate::state::Activity;
 const SLICE: u64 = 50_000;
 /// While another vCPU spins: what it waits for may be done any moment.
 const SHORT_SLICE: u64 = 5_000;
+/// Between two steps of a clock that catches up: time for each vCPU's timer interrupt.
+const STEP_EVERY: Duration = Duration::from_millis(1);
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
 
@@ -107,7 +109,7 @@ impl SoftwareEngine {
         &mut self.cores[n]
     }
 
-    /// Before the first instruction after a pause or restore: the guests' clock pages.
+    /// Before the first instruction after a pause, restore or step of the clock: the guests' clock pages.
     fn begin(&mut self) -> Result<(), EngineError> {
         for core in &mut self.cores {
             if core.publish_kvmclock(true).is_err() {
@@ -145,7 +147,15 @@ impl SoftwareEngine {
 
     fn turns(&mut self) -> Stop {
         let mut idle = 0;
+        let (mut stepped, mut taken) = (Instant::now(), 0);
         loop {
+            if self.shared.clock.behind() && taken >= 2 * self.cores.len() && stepped.elapsed() >= STEP_EVERY {
+                self.shared.clock.catch_up();
+                if let Err(error) = self.begin() {
+                    return Stop::Failed(error);
+                }
+                (stepped, taken, idle) = (Instant::now(), 0, 0);
+            }
             // Before looking at the vCPUs: what is posted later ends the sleep below.
             if self.shared.control.attention() {
                 if let Some(stop) = self.shared.control.service() {
@@ -159,6 +169,7 @@ impl SoftwareEngine {
                 Err(stop) => return stop,
             }
             self.turn = (self.turn + 1) % self.cores.len();
+            taken += 1;
             if idle >= self.cores.len() {
                 self.sleep();
                 idle = 0;
@@ -173,6 +184,7 @@ impl SoftwareEngine {
         let next = self.cores.iter().filter(|c| c.lapic.timer_wakes()).filter_map(|c| c.lapic.timer_left(now, c.tsc_adjust));
         // Rounded up, so that the timer has expired when we wake.
         let wait = next.min().map(|ticks| Duration::from_nanos(clock.ns(ticks).saturating_add(1)));
+        let wait = if clock.behind() { Some(wait.map_or(STEP_EVERY, |d| d.min(STEP_EVERY))) } else { wait };
         let deadline = wait.and_then(|d| Instant::now().checked_add(d));
         self.shared.control.wait(deadline);
     }
