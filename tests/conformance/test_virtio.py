@@ -356,6 +356,7 @@ BAD_STATE = [
     ("virtio.device_status", 0x100),
     ("virtio.device_status", -1),
     ("virtio.driver_features", 1 << 63),
+    ("virtio.driver_features", 0),
     ("virtio.isr", 4),
     ("virtio.config_vector", 500),
     ("virtio.queues", []),

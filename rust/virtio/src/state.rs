@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::StateError;
 use crate::queue::Queue;
-use crate::transport::{NO_VECTOR, status};
+use crate::transport::{F_VERSION_1, NO_VECTOR, status};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -155,6 +155,9 @@ impl VirtioState {
         if has(status::FEATURES_OK) && self.driver_features & !features != 0 {
             let extra = self.driver_features & !features;
             return Err(StateError::new("driver_features", format!("bits {extra:#x} are not offered by this device")));
+        }
+        if has(status::FEATURES_OK) && self.driver_features & F_VERSION_1 == 0 {
+            return Err(StateError::new("driver_features", "accepted without VERSION_1"));
         }
         if self.isr & !3 != 0 {
             return Err(StateError::new("isr", format!("unknown bits {:#x}", self.isr & !3)));
