@@ -45,6 +45,8 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         N::Reservednop if instr.op0_kind() == iced_x86::OpKind::Register && is_0f0d(instr) => {
             return Some(crate::decode::invalid);
         }
+        // Hints that processors without the feature take for no-operations; libgcc's unwinder relies on it for RDSSP.
+        N::Rdsspd | N::Rdsspq | N::Cldemote | N::Prefetchit0 | N::Prefetchit1 => nop,
         N::Nop | N::Endbr64 | N::Endbr32 | N::Prefetchnta | N::Prefetcht0 | N::Prefetcht1 | N::Prefetcht2 | N::Prefetchw => nop,
         N::Prefetch | N::Prefetchwt1 | N::Reservednop | N::Lfence | N::Mfence | N::Sfence => nop,
         N::Pause => pause,

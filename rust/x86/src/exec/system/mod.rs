@@ -36,7 +36,8 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         M::Lmsw => control::select_lmsw(instr),
         M::Clts => control::clts,
         M::Invlpg => control::invlpg,
-        M::Wbinvd | M::Invd => control::wbinvd,
+        // WBNOINVD is WBINVD with a prefix that means nothing.
+        M::Wbinvd | M::Invd | M::Wbnoinvd => control::wbinvd,
         M::Clflush => control::clflush,
         M::Hlt => control::hlt,
         M::Rdtsc => control::rdtsc,
