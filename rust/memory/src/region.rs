@@ -1,5 +1,6 @@
 //! One mapped run of guest RAM.
 
+use std::alloc::Layout;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU8;
 
@@ -13,11 +14,20 @@ pub struct RegionLayout {
     pub size: u64,
 }
 
-/// `count` zero bytes that cost nothing until they are touched: the allocator takes them from fresh pages.
-pub(crate) fn zeroed_bytes(count: usize) -> Box<[AtomicU8]> {
-    let bytes = vec![0u8; count].into_boxed_slice();
-    // SAFETY: `AtomicU8` has the size, alignment and validity of `u8`, and the box owns its bytes alone.
-    unsafe { Box::from_raw(Box::into_raw(bytes) as *mut [AtomicU8]) }
+/// `count` zero bytes that cost nothing until they are touched: the allocator takes them from fresh pages. An error and
+/// not an abort when there are none, because the count comes from a command line or a file.
+pub(crate) fn zeroed_bytes(count: usize) -> Result<Box<[AtomicU8]>, MemoryError> {
+    let refused = || {
+        MemoryError::host(format!("cannot keep {count} flags of guest memory"), std::io::Error::from_raw_os_error(libc::ENOMEM))
+    };
+    let layout = Layout::array::<AtomicU8>(count).map_err(|_| refused())?;
+    if count == 0 {
+        return Ok(Box::default());
+    }
+    // SAFETY: the layout has a size.
+    let bytes = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(refused)?;
+    // SAFETY: `count` bytes from the global allocator with the layout of this very slice, and zero is a valid `AtomicU8`.
+    Ok(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(bytes.as_ptr().cast(), count)) })
 }
 
 /// The host memory of a region, by value: copying bytes in and out of guest RAM that others may race on.
@@ -88,7 +98,8 @@ impl Region {
             return Err(MemoryError::last_os(format!("cannot map {size} bytes of guest RAM")));
         }
         let host = HostRange { start: NonNull::new(start.cast()).expect("mmap gave null"), size: layout.size };
-        let region = Self { layout, host, pages: zeroed_bytes((layout.size / PAGE_SIZE) as usize), loader };
+        let mut region = Self { layout, host, pages: Box::default(), loader };
+        region.pages = zeroed_bytes((layout.size / PAGE_SIZE) as usize)?;
         if region.loader.is_some() {
             // Scattered chunks of 64 KiB under huge pages cost seconds and make untouched pages real
             // (docs/design/memory.md). The advice may be unknown to the kernel: then it has no huge pages.

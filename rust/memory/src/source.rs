@@ -75,7 +75,7 @@ impl Loader {
         Ok(Self {
             shift: chunk.trailing_zeros(),
             size,
-            states: zeroed_bytes(chunks as usize),
+            states: zeroed_bytes(chunks as usize)?,
             shards: Default::default(),
             failures: Mutex::default(),
             loaded: AtomicU64::new(0),

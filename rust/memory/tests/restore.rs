@@ -231,6 +231,18 @@ fn absurd_sources_are_refused() {
 }
 
 #[test]
+fn more_than_there_can_be_is_an_error() {
+    // Address space for the RAM may be had, memory for its flags not; either way nobody aborts.
+    for shift in [44, 46, 52, 62] {
+        match GuestMemory::new(&[RegionLayout { gpa: 0, size: 1 << shift }]) {
+            Ok(memory) => memory.write((1 << shift) - 1, &[1]).unwrap(),
+            Err(MemoryError::Host { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
 fn ranges_outside_ram_change_nothing() {
     let memory =
         GuestMemory::new(&[RegionLayout { gpa: 0, size: PAGE_SIZE }, RegionLayout { gpa: PAGE_SIZE, size: PAGE_SIZE }]).unwrap();
