@@ -113,11 +113,9 @@ class Machine:
             if self.stopped is not None:
                 raise InvalidState(f"the machine stopped by itself ({self.stopped.kind}) before it could be paused")
             self._state = "paused"
+            # The vCPUs first: what they ask for until then is still done here, and its interrupts are in their state.
             for device in self._parts.virtual.values():
                 device.pause()
-            for device in self._parts.virtual.values():
-                device.pause()
-            # Device work runs on the vCPU thread, between instructions: when that stands, no request is in flight.
             self._parts.backends.sync()
 
     def save(self) -> dict[str, Any]:
