@@ -118,7 +118,7 @@ impl Ours {
             let next = rip.wrapping_add(insn.len.into());
             match (insn.f)(&mut self.core, &insn) {
                 Ok(Flow::Next | Flow::Leave) => self.core.cpu.rip = next,
-                Ok(Flow::Jump | Flow::LeaveJump | Flow::Again | Flow::Stale) => {}
+                Ok(Flow::Jump | Flow::Jump2 | Flow::LeaveJump | Flow::Again | Flow::Stale) => {}
                 Err(_) => match self.core.fault.take() {
                     Some(Pending::Exception(e)) => return Ok(self.ended(e.vector, e.error.unwrap_or(0), e.cr2)),
                     Some(Pending::Failed(e)) if e.code == "unsupported-instruction" => {

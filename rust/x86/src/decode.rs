@@ -5,7 +5,7 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register,
 };
 
-use crate::core::{Core, UD};
+use crate::core::{Core, GP, UD};
 use crate::exec;
 use crate::insn::{AddrSize, Fault, Flow, HIGH8, Handler, Insn, LINK, LOCK, REP, REPNE, STACK};
 use crate::state::{CodeSize, FS, GPR_BLOCK, GPR_ZERO, GS, SEG_FLAT, SS};
@@ -37,7 +37,7 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
     out.clear();
     // AMD as the vendor says: in 64-bit code too 66 makes a near branch 16 bits wide.
     let mut decoder = Decoder::new(bits(size), bytes, DecoderOptions::AMD);
-    let mut instr = Instruction::default();
+    let (mut instr, mut previous) = (Instruction::default(), Instruction::default());
     while out.len() < MAX_INSNS && decoder.can_decode() {
         let off = decoder.position();
         decoder.decode_out(&mut instr);
@@ -50,7 +50,13 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
         if instr.code() == Code::Pause && size == CodeSize::Bits64 {
             exchange_not_pause(&mut instr, &bytes[off..decoder.position()]);
         }
+        if let (CodeSize::Bits64, Some(last)) = (size, out.last_mut()) {
+            if let Some(both) = exec::integer::pair(&previous, &instr) {
+                last.f = both;
+            }
+        }
         out.push(insn(&instr, size, off as u16));
+        previous = instr;
         // x87 instructions record their opcode bytes; no other part of them needs `imm`.
         if let (Some(fop), Some(last)) = (exec::fpu::opcode(&bytes[off..], size), out.last_mut()) {
             last.imm = fop.into();
@@ -246,7 +252,7 @@ fn access(instr: &Instruction, operand: u32) -> u8 {
 
 fn handler(instr: &Instruction) -> Handler {
     if instr.is_invalid() {
-        return invalid;
+        return if instr.len() >= MAX_LEN { too_long } else { invalid };
     }
     exec::integer::select(instr)
         .or_else(|| exec::system::select(instr))
@@ -259,6 +265,11 @@ fn handler(instr: &Instruction) -> Handler {
 /// #UD.
 pub fn invalid(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     Err(core.raise(UD, None))
+}
+
+/// More than 15 bytes, which only prefixes can make.
+pub fn too_long(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+    Err(core.raise(GP, Some(0)))
 }
 
 /// The CPU that the guest was shown has this instruction and we do not: the machine must stop rather than go wrong.

@@ -11,6 +11,8 @@ pub enum Flow {
     Next,
     /// A branch: the handler has set `cpu.rip` (taken or not). Last instruction of its block.
     Jump,
+    /// As `Jump`, but this instruction and the branch after it were executed together.
+    Jump2,
     /// Completed; `cpu.rip` is to become the next instruction, then leave the block: something that translations, interrupts or
     /// the next fetch depend on has changed (CR, MSR, segment, flags IF/TF, code page written, I/O done, HLT).
     Leave,

@@ -77,6 +77,8 @@ impl Core {
             let before = self.cpu.icount;
             self.fault = None;
             let end = self.step_or_run(cache);
+            // No block is running: what looks at its neighbours must find none.
+            self.stop_at = std::ptr::null();
             if end == End::Fault {
                 if let Some(exit) = self.pending() {
                     return exit;
@@ -248,7 +250,9 @@ impl Core {
                 }
             };
             // The common ends first, as plain comparisons: a jump table costs more than all of this.
-            if flow == Flow::Jump {
+            if flow == Flow::Jump || flow == Flow::Jump2 {
+                // SAFETY: a pair ends with the branch after `at`, which is in the slice.
+                at = unsafe { at.add(usize::from(flow == Flow::Jump2)) };
                 self.retire(at.wrapping_add(1), start);
                 // SAFETY: `at` is the instruction just executed.
                 let branch = unsafe { &*at };

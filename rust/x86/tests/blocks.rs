@@ -367,3 +367,66 @@ fn a_data_breakpoint_stops_a_copy_after_the_iteration() {
     let caught = m.run().unwrap();
     assert_eq!((caught.vector, caught.rip, *m.gpr(RCX)), (1, CODE + 5, 100 - 17));
 }
+
+#[test]
+fn an_instruction_of_more_than_15_bytes_is_a_protection_fault() {
+    let mut code = vec![0x66; 14];
+    code.extend([0x90, 0xf4]);
+    assert_eq!(Machine::new(&code).run(), None, "15 bytes are fine");
+    code.insert(0, 0x66);
+    let caught = Machine::new(&code).run().unwrap();
+    assert_eq!((caught.vector, caught.rip), (13, CODE));
+}
+
+#[test]
+fn comparisons_with_their_jump_do_what_the_two_do_apart() {
+    // Every width and operand kind of CMP and TEST that is fused, each with every condition.
+    let forms: [(&str, &[u8]); 14] = [
+        ("cmp eax, ebx", &[0x39, 0xd8]),
+        ("cmp rax, rbx", &[0x48, 0x39, 0xd8]),
+        ("cmp al, bl", &[0x38, 0xd8]),
+        ("cmp ax, bx", &[0x66, 0x39, 0xd8]),
+        ("cmp eax, imm8", &[0x83, 0xf8, 0x80]),
+        ("cmp rax, imm32", &[0x48, 0x3d, 0xff, 0xff, 0xff, 0x7f]),
+        ("cmp rax, [rdi]", &[0x48, 0x3b, 0x07]),
+        ("cmp [rdi], ebx", &[0x39, 0x1f]),
+        ("cmp byte [rdi], imm8", &[0x80, 0x3f, 0x7f]),
+        ("cmp dword [rdi+rcx], imm8", &[0x83, 0x3c, 0x0f, 0xff]),
+        ("test eax, ebx", &[0x85, 0xd8]),
+        ("test al, imm8", &[0xa8, 0x81]),
+        ("test byte [rdi], imm8", &[0xf6, 0x07, 0x80]),
+        ("test rax, rax", &[0x48, 0x85, 0xc0]),
+    ];
+    let values = [0, 1, 0x7f, 0x80, 0xff, 0x7fff_ffff, 0x8000_0000, u64::MAX >> 1, 1 << 63, u64::MAX, u64::MAX - 127];
+    for (name, form) in forms {
+        for cc in 0..16u8 {
+            let mut code = form.to_vec();
+            code.extend([0x70 | cc, 2, 0xff, 0xc2, 0xf4]); // jcc +2; inc edx; hlt
+            let (mut whole, mut steps) = (Machine::new(&code), Machine::new(&code));
+            for (a, b) in values.iter().flat_map(|&a| values.iter().map(move |&b| (a, b))) {
+                for (m, single) in [(&mut whole, false), (&mut steps, true)] {
+                    m.restart(CODE);
+                    (*m.gpr(RAX), *m.gpr(RBX), *m.gpr(2), *m.gpr(RCX), *m.gpr(RDI)) = (a, b, 0, 0, DATA);
+                    m.core.cpu.set_rflags(0x8d7);
+                    m.write(DATA, &b.to_le_bytes());
+                    if single {
+                        m.steps(1);
+                        m.steps(1);
+                    }
+                    assert_eq!(m.run(), None);
+                }
+                let (w, s) = (&whole.core.cpu, &steps.core.cpu);
+                assert_eq!((w.gpr[2], w.rflags(), w.icount), (s.gpr[2], s.rflags(), s.icount), "{name} {a:#x} {b:#x} cc {cc}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fault_in_a_fused_comparison_is_at_the_comparison() {
+    let mut m = Machine::new(&[0x83, 0x3f, 0, 0x75, 0xfb, 0xf4]); // cmp dword [rdi], 0; jne; hlt
+    *m.gpr(RDI) = DATA;
+    m.entry(PT + 8 * (DATA >> 12), 0);
+    let caught = m.run().unwrap();
+    assert_eq!((caught.vector, caught.rip), (14, CODE));
+}

@@ -187,7 +187,7 @@ fn bound<T: Int>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     Ok(Flow::Next)
 }
 
-const JCC: [N; 16] =
+pub const JCC: [N; 16] =
     [N::Jo, N::Jno, N::Jb, N::Jae, N::Je, N::Jne, N::Jbe, N::Ja, N::Js, N::Jns, N::Jp, N::Jnp, N::Jl, N::Jge, N::Jle, N::Jg];
 const SETCC: [N; 16] = [
     N::Seto,

@@ -6,6 +6,7 @@ mod arith;
 mod bcd;
 mod bit;
 mod branch;
+mod fused;
 mod mov;
 mod muldiv;
 mod operand;
@@ -16,6 +17,7 @@ mod string;
 use iced_x86::Instruction;
 
 pub use branch::count_size;
+pub use fused::pair;
 
 use crate::insn::Handler;
 
