@@ -19,7 +19,7 @@ fn same_privilege_frame_with_error_code() {
     c.cpu.gpr[4] = STACK1 - 3;
     c.cpu.set_rflags(flags::IF | flags::CF | flags::TF);
     c.deliver(exception(GP, Some(0x18))).unwrap();
-    let sp = (STACK1 - 3 & !15) - 48;
+    let sp = ((STACK1 - 3) & !15) - 48;
     assert_eq!((c.cpu.rip, c.cpu.gpr[4]), (0xffff_8000_1234_5678, sp));
     assert_eq!(c.cpu.rflags(), flags::CF | flags::FIXED);
     let frame: Vec<u64> = (0..6).map(|n| m.read64(sp + 8 * n)).collect();

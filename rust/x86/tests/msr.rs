@@ -57,7 +57,7 @@ fn canonical_and_typed_values() {
     assert!(wr(&mut m, msr::PAT, 0x0407_0506_0007_0106));
     assert!(!wr(&mut m, msr::MTRR_DEF_TYPE, 1 << 9) && !wr(&mut m, msr::MTRR_DEF_TYPE, 2));
     assert!(wr(&mut m, msr::MTRR_DEF_TYPE, 0xc06));
-    assert!(!wr(&mut m, 0x200, 1 << 46) && wr(&mut m, 0x201, (1 << 46) - 0x1000 | 0x800));
+    assert!(!wr(&mut m, 0x200, 1 << 46) && wr(&mut m, 0x201, ((1 << 46) - 0x1000) | 0x800));
     assert!(!wr(&mut m, 0x250, 0x0203) && wr(&mut m, 0x250, 0x0606_0606_0606_0606));
     assert!(!wr(&mut m, msr::MTRR_CAP, 0x508));
 }

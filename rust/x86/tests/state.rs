@@ -148,10 +148,11 @@ fn refused(state: &VcpuState, change: impl FnOnce(&mut VcpuState)) -> String {
 
 #[test]
 fn wrong_fields_are_refused_by_name() {
+    type Change = Box<dyn FnOnce(&mut VcpuState)>;
     let mut m = machine(2);
     m.long_mode(1, 3);
     let good = m.cores[1].save();
-    let cases: Vec<(&str, Box<dyn FnOnce(&mut VcpuState)>)> = vec![
+    let cases: Vec<(&str, Change)> = vec![
         ("sregs.cr0", Box::new(|s| s.sregs.cr0 |= 1 << 40)),
         ("sregs.cr0", Box::new(|s| s.sregs.cr0 &= !1)),
         ("sregs.cr0", Box::new(|s| s.sregs.cr0 |= 1 << 29)),
