@@ -6,6 +6,7 @@ use crate::core::{BP, Core, DB, DE, DF, Exception, GP, NP, OF, PF, Pending, SS a
 use crate::insn::Fault;
 use crate::segments::{Descriptor, INT16, INT32, TASK_GATE, TRAP16, TRAP32, canonical, null_segment};
 use crate::state::{Activity, CS, CodeSize, DS, ES, FS, GS, RSP, SS, Segment, flags};
+use crate::task::Way;
 
 /// What [`Core::deliver`] and [`Core::poll_events`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,7 +238,7 @@ impl Core {
             return Err(self.raise(NP, idt_error));
         }
         if kind == TASK_GATE {
-            return Err(self.unsupported(format!("task gate for vector {vector:#x}: hardware task switching is not implemented")));
+            return self.switch_task(gate.gate_selector(), Way::Call, error, ext);
         }
         let selector = gate.gate_selector();
         if selector & !3 == 0 {

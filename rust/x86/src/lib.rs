@@ -27,6 +27,7 @@ pub mod profile;
 pub mod run;
 pub mod segments;
 pub mod state;
+pub mod task;
 pub mod tlb;
 
 pub use engine::{EngineConfig, SoftwareEngine};

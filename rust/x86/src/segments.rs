@@ -158,24 +158,28 @@ impl Core {
             self.set_segment(seg, v8086_segment(selector));
             return Ok(());
         }
-        let value =
-            if seg == SS { self.check_stack_segment(selector, self.cpu.cpl, GP, 0)? } else { self.check_data_segment(selector)? };
+        let value = if seg == SS {
+            self.check_stack_segment(selector, self.cpu.cpl, GP, 0)?
+        } else {
+            self.check_data_segment(selector, GP, 0)?
+        };
         self.set_segment(seg, value);
         Ok(())
     }
 
-    fn check_data_segment(&mut self, selector: u16) -> Result<Segment, Fault> {
+    /// `vector` is #GP, or #TS where the selector came from a TSS.
+    pub(crate) fn check_data_segment(&mut self, selector: u16, vector: u8, ext: u32) -> Result<Segment, Fault> {
         if selector & !3 == 0 {
             return Ok(null_segment(selector));
         }
-        let d = self.descriptor_or(selector, GP, 0)?;
-        let error = Some(u32::from(selector & !3));
+        let d = self.descriptor_or(selector, vector, ext)?;
+        let error = Some(u32::from(selector & !3) | ext);
         if !d.readable() {
-            return Err(self.raise(GP, error));
+            return Err(self.raise(vector, error));
         }
         let rpl = (selector & 3) as u8;
         if !d.conforming() && d.dpl() < rpl.max(self.cpu.cpl) {
-            return Err(self.raise(GP, error));
+            return Err(self.raise(vector, error));
         }
         if !d.present() {
             return Err(self.raise(NP, error));

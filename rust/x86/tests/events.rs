@@ -308,3 +308,60 @@ fn data_breakpoints_trap_after_the_access() {
     assert!(matches!(m.cores[0].run(&mut cache, 1000), x86::run::RunExit::Halted));
     assert_eq!(m.cores[0].cpu.rip, 0x5010);
 }
+
+const OTHER_TASK: u16 = 0x40;
+const OTHER_TSS: u64 = 0xb000;
+
+/// A second task: 32-bit code at CPL 0.
+fn two_tasks() -> Machine {
+    let mut m = machine(1);
+    m.protected(0, 0);
+    m.write64(GDT + u64::from(TASK), 0x0000_8b00_3000_0067);
+    m.write64(GDT + u64::from(OTHER_TASK), 0x0000_8900_b000_0067);
+    let mut tss = [0u32; 26];
+    (tss[8], tss[9], tss[10], tss[14]) = (0x7700, 0x202, 0x1234, 0x8800);
+    for (slot, selector) in [(18, DATA0), (19, CODE32), (20, DATA0), (21, USER_DATA), (22, 0), (23, DATA0)] {
+        tss[slot] = selector.into();
+    }
+    m.write(OTHER_TSS, &tss.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>());
+    m
+}
+
+#[test]
+fn a_call_switches_tasks_and_iret_comes_back() {
+    use x86::task::Way;
+    let mut m = two_tasks();
+    let c = &mut m.cores[0];
+    (c.cpu.rip, c.cpu.gpr[0]) = (0x5010, 77);
+    c.switch_task(OTHER_TASK, Way::Call, Some(9), 0).unwrap();
+    assert_eq!((c.cpu.rip, c.cpu.gpr[0], c.cpu.gpr[4]), (0x7700, 0x1234, 0x87fc));
+    assert_eq!((c.cpu.tr.selector, c.cpu.seg[DS].selector, c.cpu.cr0 & 8), (OTHER_TASK, USER_DATA, 8));
+    assert!(c.cpu.flags & flags::NT != 0);
+    assert_eq!(m.read64(OTHER_TSS) as u16, TASK);
+    assert_eq!(m.read64(GDT + u64::from(OTHER_TASK)) >> 40 & 0xff, 0x8b);
+    assert_eq!(m.read64(TSS + 0x20) as u32, 0x5010);
+    let c = &mut m.cores[0];
+    c.switch_task(TASK, Way::Return, None, 0).unwrap();
+    assert_eq!((c.cpu.rip, c.cpu.gpr[0], c.cpu.flags & flags::NT), (0x5010, 77, 0));
+    assert_eq!(m.read64(GDT + u64::from(OTHER_TASK)) >> 40 & 0xff, 0x89);
+}
+
+#[test]
+fn task_switch_faults() {
+    use x86::task::Way;
+    let mut m = two_tasks();
+    let r = m.cores[0].switch_task(TASK, Way::Jump, None, 0);
+    assert_eq!(fault(&mut m.cores[0], r), (GP, Some(u32::from(TASK))));
+    let r = m.cores[0].switch_task(OTHER_TASK, Way::Return, None, 0);
+    assert_eq!(fault(&mut m.cores[0], r), (TS, Some(u32::from(OTHER_TASK))));
+    m.write64(GDT + u64::from(OTHER_TASK), 0x0000_8900_b000_0066);
+    let r = m.cores[0].switch_task(OTHER_TASK, Way::Jump, None, 0);
+    assert_eq!(fault(&mut m.cores[0], r), (TS, Some(u32::from(OTHER_TASK))));
+    assert_eq!(m.cores[0].cpu.tr.selector, TASK);
+    // A bad selector in the new TSS faults in the new task.
+    let mut m = two_tasks();
+    m.gate32(TS, CODE32, 0x7900, 0x8e);
+    m.write(OTHER_TSS + 0x54, &0x1000u32.to_le_bytes());
+    m.cores[0].switch_task(OTHER_TASK, Way::Jump, None, 0).unwrap();
+    assert_eq!((m.cores[0].cpu.rip, m.cores[0].cpu.tr.selector), (0x7900, OTHER_TASK));
+}

@@ -4,8 +4,9 @@ use iced_x86::{Code, Instruction};
 
 use crate::core::{Core, GP, NP, SS as STACK_FAULT};
 use crate::insn::{Fault, Flow, Handler, Insn};
-use crate::segments::{CALL16, CALL32, Descriptor, TASK_GATE, TSS16, TSS32, canonical, v8086_segment};
+use crate::segments::{CALL16, CALL32, Descriptor, canonical, v8086_segment};
 use crate::state::{CS, CodeSize, DS, ES, FS, GS, RSP, SS, Segment, flags};
+use crate::task::Way;
 
 pub fn select(instr: &Instruction) -> Option<Handler> {
     Some(match instr.code() {
@@ -45,11 +46,11 @@ fn memory<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<(u16, u64), Fault
 
 fn jump_pointer<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let (selector, offset) = pointer(i);
-    core.far_jump(selector, offset)
+    core.far_jump(i, selector, offset)
 }
 fn jump_memory<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let (selector, offset) = memory::<SIZE>(core, i)?;
-    core.far_jump(selector, offset)
+    core.far_jump(i, selector, offset)
 }
 fn call_pointer<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let (selector, offset) = pointer(i);
@@ -118,15 +119,6 @@ impl Core {
         match d.type_() {
             CALL32 if d.is_system() => {}
             CALL16 if d.is_system() && !long => {}
-            TASK_GATE | TSS16 | TSS32 if d.is_system() && !long => {
-                let rpl = (selector & 3) as u8;
-                if d.dpl() < self.cpu.cpl.max(rpl) {
-                    return Err(self.raise(GP, error));
-                }
-                return Err(
-                    self.unsupported(format!("far transfer to task {selector:#x}: hardware task switching is not implemented"))
-                );
-            }
             _ => return Err(self.raise(GP, error)),
         }
         if d.dpl() < self.cpu.cpl.max((selector & 3) as u8) {
@@ -173,7 +165,19 @@ impl Core {
         Ok(Target { code, rip, gate: Some((size, (d.0 >> 32 & 31) as u8)), cpl })
     }
 
-    fn far_jump(&mut self, selector: u16, offset: u64) -> Result<Flow, Fault> {
+    /// Switches tasks when `selector` names a TSS or task gate.
+    fn far_task(&mut self, i: &Insn, selector: u16, way: Way) -> Result<bool, Fault> {
+        if selector & !3 == 0 {
+            return Ok(false);
+        }
+        let Some(d) = self.descriptor(selector)? else { return Ok(false) };
+        let Some(tss) = self.task_target(selector, d)? else { return Ok(false) };
+        self.cpu.rip = self.next_rip(i);
+        self.switch_task(tss, way, None, 0)?;
+        Ok(true)
+    }
+
+    fn far_jump(&mut self, i: &Insn, selector: u16, offset: u64) -> Result<Flow, Fault> {
         if self.selector_less() {
             let code = self.real_code(selector);
             if offset > u64::from(code.limit) {
@@ -181,6 +185,9 @@ impl Core {
             }
             self.set_segment(CS, code);
             self.cpu.rip = offset;
+            return Ok(Flow::LeaveJump);
+        }
+        if self.far_task(i, selector, Way::Jump)? {
             return Ok(Flow::LeaveJump);
         }
         let target = self.far_target(selector, offset, false)?;
@@ -203,6 +210,9 @@ impl Core {
             self.set_stack_pointer(sp.wrapping_sub(2 * u64::from(size)));
             self.set_segment(CS, code);
             self.cpu.rip = offset;
+            return Ok(Flow::LeaveJump);
+        }
+        if self.far_task(i, selector, Way::Call)? {
             return Ok(Flow::LeaveJump);
         }
         let target = self.far_target(selector, offset, true)?;
@@ -363,7 +373,7 @@ fn iret_mask(core: &Core, size: u8) -> u64 {
     mask
 }
 
-fn iret<const SIZE: u8>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+fn iret<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let size = u64::from(SIZE);
     let sp = core.cpu.gpr[RSP];
     if core.cpu.v8086() && core.cpu.flags & flags::IOPL != flags::IOPL {
@@ -374,7 +384,11 @@ fn iret<const SIZE: u8>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
         if long {
             return Err(core.raise(GP, Some(0)));
         }
-        return Err(core.unsupported("IRET with NT set: hardware task switching is not implemented".into()));
+        let link: u16 = core.read_system(core.cpu.tr.base)?;
+        core.cpu.rip = core.next_rip(i);
+        core.switch_task(link, Way::Return, None, 0)?;
+        core.cpu.nmi_masked = false;
+        return Ok(Flow::LeaveJump);
     }
     let rip = core.peek_stack(sp, SIZE)?;
     let selector = core.peek_stack(sp.wrapping_add(size), SIZE)? as u16;
