@@ -243,6 +243,29 @@ impl Core {
         (offset < PAGE_SIZE).then(|| (e.host + offset as usize) as *mut u8)
     }
 
+    /// Host address of `lin` for writing `len` bytes of one page that holds decoded code, which dies at the end of the instruction:
+    /// clearing a recycled page costs one round of the loop instead of one for each element.
+    #[cold]
+    pub(crate) fn code_write(&mut self, lin: u64, len: u64) -> Option<*mut u8> {
+        let phys = match self.translate(lin, Kind::Write, Rights::Current) {
+            Ok(phys) => phys,
+            Err(Fault) => {
+                // The store itself says what is wrong.
+                self.fault = None;
+                return None;
+            }
+        };
+        let special = phys & !OFFSET == self.lapic_page || self.breakpoints.data;
+        if special || !self.shared.memory.is_code(phys) {
+            return None;
+        }
+        let host = self.shared.memory.host_page(phys).ok()??;
+        self.shared.memory.mark_dirty(phys);
+        self.code_written.push((phys, len));
+        self.leave();
+        Some((host.as_ptr() as usize + (phys & OFFSET) as usize) as *mut u8)
+    }
+
     /// Faults where a store of `len` bytes would; changes nothing but A and D bits.
     pub fn probe_write(&mut self, lin: u64, len: u64) -> Result<(), Fault> {
         self.probe(lin, len, Kind::Write, Rights::Current)

@@ -222,6 +222,21 @@ fn a_branch_to_an_instruction_across_a_page_end() {
 }
 
 #[test]
+fn clearing_a_page_of_code_is_one_piece_of_work() {
+    // rep stosq over the page of a function that has run, then it is called again: add [rax], al all over.
+    let mut m = patched_function(&[0xb9, 0, 2, 0, 0, 0x31, 0xc0, 0xf3, 0x48, 0xab]);
+    *m.gpr(RDI) = CODE + 0x1000;
+    m.steps(4 + 2 + 512);
+    assert_eq!((*m.gpr(RCX), *m.gpr(RDI)), (0, CODE + 0x2000));
+    assert!(m.bytes(CODE + 0x1000, 4096).iter().all(|&b| b == 0));
+    *m.gpr(RAX) = DATA;
+    m.write(DATA, &[1]);
+    m.steps(2);
+    assert_eq!(m.read(DATA), 1 + (DATA & 0xff));
+    assert_eq!(m.core.cpu.rip, CODE + 0x1002);
+}
+
+#[test]
 fn a_device_write_to_code_is_seen() {
     let mut m = patched_function(&[]);
     m.steps(4);
