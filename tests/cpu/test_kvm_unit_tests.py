@@ -53,7 +53,7 @@ def board():
     return os.path.join(target, "debug", "freezeframe-board")
 
 
-@pytest.mark.parametrize(("image", "cpus", "passing", "known"), ROWS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("image", "cpus", "passing", "known"), ROWS, ids=str)
 def test_row(board, image, cpus, passing, known):
     path = os.path.join(SUITE, "x86", f"{image}.flat")
     settings = [f"NR_CPUS={cpus}", "MEMSIZE=128", "TEST_DEVICE=0"]

@@ -11,7 +11,6 @@ const AF: u64 = 1 << 4;
 const ZF: u64 = 1 << 6;
 const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
-const RF: u64 = 1 << 16;
 
 /// From here on Linux says "present" whatever the page tables say.
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
@@ -201,7 +200,7 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
     if n.rip != o.rip {
         out.push(format!("rip {:#x} ours {:#x}", n.rip, o.rip));
     }
-    let mut mask = !RF;
+    let mut mask = u64::MAX;
     if matches!(insn.mnemonic(), Mnemonic::Fcomi | Mnemonic::Fcomip | Mnemonic::Fucomi | Mnemonic::Fucomip)
         && o.u16(fx::FSW) & 0x80 != 0
     {
