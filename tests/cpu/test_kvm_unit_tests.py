@@ -29,6 +29,7 @@ ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
     ("umip", 1, 11, ()),
     ("eventinj", 1, 13, ()),
     ("idt_test", 1, 4, ()),
+    ("debug", 1, 25, ()),
     ("smptest", 2, 1, ()),
     ("smptest", 3, 1, ()),
     ("ioapic", 4, 30, ()),

@@ -11,6 +11,7 @@ const AF: u64 = 1 << 4;
 const ZF: u64 = 1 << 6;
 const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
+const AC: u64 = 1 << 18;
 
 /// From here on Linux says "present" whatever the page tables say.
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
@@ -132,12 +133,14 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
         // AMD's POPA has loaded some registers by then. Nobody can want that.
         return out;
     }
-    if native.vector == PAGE_FAULT && matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu) {
-        // Whether bytes that the mask leaves out can fault is the processor's choice.
+    if (native.vector == PAGE_FAULT || case.state.rflags & AC != 0)
+        && matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
+    {
+        // Whether bytes that the mask leaves out can fault, and how aligned it must be, is the processor's choice.
         return out;
     }
 
-    let is_fault = |v: u8| matches!(v, 12..=14);
+    let is_fault = |v: u8| matches!(v, 12..=14 | 17);
     if is_fault(native.vector) && is_fault(ours.vector) && same_registers(native, ours) {
         // CMPS with two bad addresses (this processor looks at them in another order with REP than without), FXSAVE and FXRSTOR
         // with an address that is neither aligned nor canonical, BT with a base that is not canonical, far calls and returns whose
@@ -158,6 +161,10 @@ pub fn differences(case: &Case, native: &Outcome, ours: &Outcome, rules: Rules) 
                 | M::Fxsave64
                 | M::Fxrstor
                 | M::Fxrstor64
+                | M::Fnsave
+                | M::Fnstenv
+                | M::Frstor
+                | M::Fldenv
                 | M::Bt
                 | M::Bts
                 | M::Btr

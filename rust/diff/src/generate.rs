@@ -131,7 +131,7 @@ impl Build<'_> {
         if rng.chance(15) {
             self.state.rflags |= DF;
         }
-        if rng.chance(1) {
+        if rng.chance(3) {
             self.state.rflags |= AC;
         }
         if rng.chance(1) {
@@ -251,10 +251,6 @@ impl Build<'_> {
         if insn.is_stack_instruction() {
             let t = self.target(8);
             self.state.gpr[4] = if self.rng.chance(70) { t & !7 } else { t };
-            if matches!(insn.flow_control(), FlowControl::IndirectCall) && insn.op0_kind() == OpKind::Memory {
-                // A far call into 32-bit code pushes with the new, narrower stack.
-                self.state.gpr[4] &= 0xffff_ffff;
-            }
             if matches!(insn.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) {
                 self.state.gpr[5] = self.target(8);
             }
@@ -273,8 +269,10 @@ impl Build<'_> {
             self.pointer(3, 256, insn.segment_prefix());
             self.state.gpr[3] = self.state.gpr[3].wrapping_sub(self.state.gpr[0] & 0xff);
         }
-        if insn.mnemonic() == Mnemonic::Jmp && insn.op0_kind() == OpKind::Memory {
-            self.state.gpr[4] &= 0xffff_ffff;
+        let far = matches!(insn.mnemonic(), Mnemonic::Jmp | Mnemonic::Call) && insn.op0_kind() == OpKind::Memory;
+        if far && self.state.gpr[4] >> 32 != 0 {
+            // 32-bit code pushes with the narrower stack as soon as a far call has reached it; here only after that.
+            return None;
         }
         self.selectors();
         // Good contents wherever the instruction reads.

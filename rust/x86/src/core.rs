@@ -12,7 +12,9 @@ use crate::events::Reinject;
 use crate::insn::{Fault, HIGH8, Insn};
 use crate::kvmclock::KvmClock;
 use crate::lapic::Lapic;
-use crate::state::{CS, CodeSize, Cpu};
+use crate::state::{CS, CodeSize, Cpu, flags};
+
+const CR0_AM: u64 = 1 << 18;
 use crate::tlb::{self, Tlb};
 
 pub const DE: u8 = 0;
@@ -106,6 +108,9 @@ pub struct Core {
     pub(crate) tlb: Tlb,
     /// Which half of the TLB instructions use now: 0 or [`tlb::USER`]. Follows CPL.
     pub(crate) half: usize,
+    /// Ring 3 with EFLAGS.AC and CR0.AM: every access must be aligned. Then no translation of user code is kept, so that all its
+    /// accesses take the slow path, which checks.
+    pub(crate) aligned: bool,
     /// Where the loop stops in the running block: one past the last instruction it may execute. Null once something asked to
     /// leave at the next instruction boundary (see [`Core::leave`]).
     pub(crate) stop_at: *const Insn,
@@ -158,6 +163,7 @@ impl Core {
             lapic,
             tlb: Tlb::default(),
             half: 0,
+            aligned: false,
             stop_at: std::ptr::null(),
             budget: 0,
             code_written: Vec::new(),
@@ -204,6 +210,11 @@ impl Core {
     /// exception; a handler needs it only when it goes on to access memory after it changed CPL.
     pub fn refresh(&mut self) {
         self.half = if self.cpu.cpl == 3 { tlb::USER } else { 0 };
+        let aligned = self.cpu.cpl == 3 && self.cpu.flags & flags::AC != 0 && self.cpu.cr0 & CR0_AM != 0;
+        if aligned != self.aligned {
+            self.aligned = aligned;
+            self.flush_tlb_all();
+        }
         for i in 0..6 {
             self.cpu.seg_base[i] = self.cpu.seg[i].base;
         }

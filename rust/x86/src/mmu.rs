@@ -3,7 +3,7 @@
 use memory::PAGE_SIZE;
 use vcpu::Space;
 
-use crate::core::{Core, Exception, GP, PF, Pending};
+use crate::core::{AC, Core, Exception, GP, PF, Pending};
 use crate::insn::{AddrSize, Fault, Insn};
 use crate::state::{CodeSize, Cpu, Segment, flags};
 use crate::tlb::{self, EXEC, GLOBAL, Tlb};
@@ -220,6 +220,9 @@ impl Core {
             unsafe { host.write_unaligned(v) };
             return Ok(r);
         }
+        if self.aligned {
+            self.check_alignment(lin, T::SIZE, Rights::Current)?;
+        }
         self.probe_write(lin, T::SIZE)?;
         let old = self.load_slow(lin, T::SIZE, Rights::Current)?;
         let (v, r) = f(T::narrow(old));
@@ -268,6 +271,9 @@ impl Core {
 
     /// Faults where a store of `len` bytes would; changes nothing but A and D bits.
     pub fn probe_write(&mut self, lin: u64, len: u64) -> Result<(), Fault> {
+        if self.aligned {
+            self.check_alignment(lin, len, Rights::Current)?;
+        }
         self.probe(lin, len, Kind::Write, Rights::Current)
     }
 
@@ -291,9 +297,12 @@ impl Core {
 
     /// Reads `data.len()` bytes with the rights of the current CPL.
     pub fn load_bytes(&mut self, lin: u64, data: &mut [u8]) -> Result<(), Fault> {
+        if self.aligned {
+            self.check_alignment(lin, data.len() as u64, Rights::Current)?;
+        }
         for (n, chunk) in data.chunks_mut(16).enumerate() {
             let at = self.wrap(lin.wrapping_add(16 * n as u64));
-            let v = self.load_slow(at, chunk.len() as u64, Rights::Current)?;
+            let v = self.load_piece(at, chunk.len() as u64, Rights::Current)?;
             chunk.copy_from_slice(&v.to_le_bytes()[..chunk.len()]);
         }
         Ok(())
@@ -306,7 +315,7 @@ impl Core {
             let mut bytes = [0; 16];
             bytes[..chunk.len()].copy_from_slice(chunk);
             let at = self.wrap(lin.wrapping_add(16 * n as u64));
-            self.store_slow(at, chunk.len() as u64, u128::from_le_bytes(bytes), Rights::Current)?;
+            self.store_piece(at, chunk.len() as u64, u128::from_le_bytes(bytes), Rights::Current)?;
         }
         Ok(())
     }
@@ -345,11 +354,38 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
+        if self.aligned {
+            self.check_alignment(lin, len, rights)?;
+        }
+        self.load_piece(lin, len, rights)
+    }
+
+    /// All or a part of an operand whose alignment has been looked at.
+    fn load_piece(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
         let value = self.load_unwatched(lin, len, rights)?;
         if self.breakpoints.data {
             self.watch_access(lin, len, false);
         }
         Ok(value)
+    }
+
+    /// #AC for an operand of ring 3 that is not aligned to its size.
+    #[cold]
+    fn check_alignment(&mut self, lin: u64, len: u64, rights: Rights) -> Result<(), Fault> {
+        let alignment = match len {
+            2 | 4 | 8 | 16 => len,
+            10 => 8,
+            // x87 environments and states of 16 and 32 bits.
+            14 | 94 => 2,
+            28 | 108 => 4,
+            _ => 1,
+        };
+        if rights == Rights::Current && lin & (alignment - 1) != 0 {
+            self.canonical_end(lin, 1)?;
+            self.canonical_end(lin, len)?;
+            return Err(self.raise(AC, Some(0)));
+        }
+        Ok(())
     }
 
     fn load_unwatched(&mut self, lin: u64, len: u64, rights: Rights) -> Result<u128, Fault> {
@@ -369,6 +405,14 @@ impl Core {
     #[cold]
     #[inline(never)]
     fn store_slow(&mut self, lin: u64, len: u64, v: u128, rights: Rights) -> Result<(), Fault> {
+        if self.aligned {
+            self.check_alignment(lin, len, rights)?;
+        }
+        self.store_piece(lin, len, v, rights)
+    }
+
+    /// As `load_piece`.
+    fn store_piece(&mut self, lin: u64, len: u64, v: u128, rights: Rights) -> Result<(), Fault> {
         self.store_unwatched(lin, len, v, rights)?;
         if self.breakpoints.data {
             self.watch_access(lin, len, true);
@@ -484,7 +528,9 @@ impl Core {
         let phys = found.phys & !OFFSET | lin & OFFSET;
         // With SMAP the right to touch a user page changes with AC, so such a translation is never kept.
         let watched = self.breakpoints.data && self.watched_page(lin);
-        let keep = !watched && phys & !OFFSET != self.lapic_page && !(found.user && !user && self.cpu.cr4 & CR4_SMAP != 0);
+        let keep = !(watched || user && self.aligned)
+            && phys & !OFFSET != self.lapic_page
+            && !(found.user && !user && self.cpu.cr4 & CR4_SMAP != 0);
         if keep {
             if let Some(host) = self.host(phys)? {
                 let write = kind == Kind::Write && !self.shared.memory.is_code(phys);
