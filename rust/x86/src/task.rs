@@ -111,8 +111,8 @@ impl Core {
         for n in 0..8 {
             self.write_word(base + l.ip + (2 + n as u64) * l.word, l.word, self.cpu.gpr[n])?;
         }
-        for n in 0..l.count {
-            self.write_system(base + l.segments + n as u64 * l.word, self.cpu.seg[ORDER[n]].selector)?;
+        for (n, &seg) in ORDER.iter().enumerate().take(l.count) {
+            self.write_system(base + l.segments + n as u64 * l.word, self.cpu.seg[seg].selector)?;
         }
         Ok(())
     }
