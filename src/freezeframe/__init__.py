@@ -23,14 +23,53 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from freezeframe.control.session import Console, Machine, Snapshot, boot, restore
+    from freezeframe.errors import (
+        Busy,
+        Damaged,
+        DeadlineExceeded,
+        EngineError,
+        FreezeframeError,
+        Incompatible,
+        InvalidState,
+        IoFailed,
+        NotFound,
+        NotSupported,
+        Refused,
+        Torn,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Console", "Machine", "Snapshot", "__version__", "boot", "restore"]
+__all__ = [
+    "Busy",
+    "Console",
+    "Damaged",
+    "DeadlineExceeded",
+    "EngineError",
+    "FreezeframeError",
+    "Incompatible",
+    "InvalidState",
+    "IoFailed",
+    "Machine",
+    "NotFound",
+    "NotSupported",
+    "Refused",
+    "Snapshot",
+    "Torn",
+    "__version__",
+    "boot",
+    "restore",
+]
+
+_OF_SESSIONS = {"Console", "Machine", "Snapshot", "boot", "restore"}
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
+    if name in _OF_SESSIONS:
         from freezeframe.control import session
 
         return getattr(session, name)
+    if name in __all__:
+        from freezeframe import errors
+
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,3 +101,14 @@ def test_a_machine_that_cannot_go_on(kernel, tmp_path):
         with pytest.raises(Damaged, match=r"memory-region-0.*chunk"):
             vm.wait(30)
         assert vm.state == "stopped"
+
+
+def test_the_errors_are_public_names() -> None:
+    from freezeframe import errors
+
+    with pytest.raises(ff.NotFound) as caught:
+        ff.restore("/nonexistent/snapshot")
+    assert isinstance(caught.value, ff.FreezeframeError)
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, errors.FreezeframeError):
+            assert getattr(ff, name) is value

@@ -20,6 +20,9 @@ class EngineReport:
         self.name = name
         self.reason = reason
 
+    def __repr__(self) -> str:
+        return f"<EngineReport {self.name}: {self.reason}>"
+
     def to_json(self) -> dict[str, str]:
         return {"name": self.name, "reason": self.reason}
 
