@@ -412,8 +412,11 @@ def directory_of(url: str, *chain: str) -> str:
     path = url.removeprefix(FILE_URL)
     if "\0" in path or not os.path.isdir(path):
         from freezeframe._core import debug_text
+        from freezeframe.errors import NotFound, Refused
 
-        raise ActionFailed(*chain, link, f"Destination is not a directory: {debug_text(path)}")
+        there = "\0" not in path and os.path.lexists(path)
+        why = Refused(f"{path!r} is not a directory") if there else NotFound(f"there is no directory {path!r}")
+        raise ActionFailed(*chain, link, f"Destination is not a directory: {debug_text(path)}") from why
     return path
 
 
