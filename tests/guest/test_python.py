@@ -75,7 +75,7 @@ def test_errors(kernel, tmp_path):
         ff.boot(kernel=kernel, memory="5 parsecs")
     with pytest.raises(Refused):
         ff.boot()
-    with pytest.raises(InvalidState, match="Destination is not a directory"):
+    with pytest.raises(NotFound, match="no directory"):
         ff.restore(tmp_path / "none")
     with ff.boot(kernel=kernel, memory="64M") as vm:
         kept = vm.snapshot(tmp_path / "s")
