@@ -10,14 +10,17 @@ use crate::cache::Cache;
 use crate::core::{Core, Pending, Shared};
 use crate::exec;
 use crate::run::RunExit;
-use crate::state::Activity;
+use crate::state::{Activity, flags};
 
 /// Instructions of one turn: about 0.2 ms, which bounds how late a timer or an IPI to another vCPU can be.
 const SLICE: u64 = 50_000;
 /// While another vCPU spins: what it waits for may be done any moment.
 const SHORT_SLICE: u64 = 5_000;
 /// Between two steps of a clock that catches up: time for each vCPU's timer interrupt.
-const STEP_EVERY: Duration = Duration::from_millis(1);
+const STEP_EVERY: Duration = Duration::from_micros(250);
+const STEP_AT_LAST: Duration = Duration::from_millis(50);
+/// Undisturbed turns of a vCPU after which a step counts as digested: timer interrupt, its soft interrupt, the task that it woke.
+const CALM: u8 = 2;
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
 
@@ -45,6 +48,8 @@ pub struct SoftwareEngine {
     /// Which vCPUs ended their last turn with PAUSE, and how many that are.
     spinning: Vec<bool>,
     spinners: usize,
+    /// Of each vCPU: undisturbed turns since the clock's last step, while it catches up.
+    calm: Vec<u8>,
 }
 
 /// How a vCPU's turn ended.
@@ -69,7 +74,7 @@ impl SoftwareEngine {
             .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
         let shared = Arc::new(Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi));
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
-        Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0 })
+        Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0, calm: vec![0; vcpus] })
     }
 
     /// Instructions that vCPU `n` has retired since this engine was made.
@@ -147,14 +152,15 @@ impl SoftwareEngine {
 
     fn turns(&mut self) -> Stop {
         let mut idle = 0;
-        let (mut stepped, mut taken) = (Instant::now(), 0);
+        let mut stepped = Instant::now();
         loop {
-            if self.shared.clock.behind() && taken >= 2 * self.cores.len() && stepped.elapsed() >= STEP_EVERY {
+            if self.shared.clock.behind() && self.may_step(stepped.elapsed()) {
                 self.shared.clock.catch_up();
+                self.calm.fill(0);
                 if let Err(error) = self.begin() {
                     return Stop::Failed(error);
                 }
-                (stepped, taken, idle) = (Instant::now(), 0, 0);
+                (stepped, idle) = (Instant::now(), 0);
             }
             // Before looking at the vCPUs: what is posted later ends the sleep below.
             if self.shared.control.attention() {
@@ -164,17 +170,33 @@ impl SoftwareEngine {
                 idle = 0;
             }
             match self.turn(self.turn) {
-                Ok(Turn::Ran) => idle = 0,
-                Ok(Turn::Idle) => idle += 1,
+                Ok(Turn::Ran) => {
+                    idle = 0;
+                    if self.shared.clock.behind() {
+                        let calm = u8::from(interruptible(&self.cores[self.turn]));
+                        self.calm[self.turn] = self.calm[self.turn].saturating_add(calm);
+                    }
+                }
+                Ok(Turn::Idle) => {
+                    idle += 1;
+                    self.calm[self.turn] = CALM;
+                }
                 Err(stop) => return stop,
             }
             self.turn = (self.turn + 1) % self.cores.len();
-            taken += 1;
             if idle >= self.cores.len() {
                 self.sleep();
                 idle = 0;
             }
         }
+    }
+
+    /// Whether the clock may move on again: every vCPU has digested the last step, that is halted or done some turns with
+    /// interrupts on and none under way, and none is inside an interrupt's handler now (Linux's timer interrupt complains
+    /// when time flies within it). One that never gets there (it spins with interrupts off) holds the clock up only so long.
+    fn may_step(&self, since: Duration) -> bool {
+        let digested = since >= STEP_EVERY && self.calm.iter().all(|&n| n >= CALM);
+        digested && self.cores.iter().all(|c| c.cpu.activity != Activity::Running || interruptible(c)) || since >= STEP_AT_LAST
     }
 
     /// Until the next timer that can wake somebody, or until something is posted.
@@ -188,6 +210,11 @@ impl SoftwareEngine {
         let deadline = wait.and_then(|d| Instant::now().checked_add(d));
         self.shared.control.wait(deadline);
     }
+}
+
+/// Interrupts are on, and none is waiting or being served.
+fn interruptible(core: &Core) -> bool {
+    core.cpu.flags & flags::IF != 0 && core.lapic.isr == [0; 8] && !core.event_pending()
 }
 
 impl Engine for SoftwareEngine {
