@@ -211,9 +211,23 @@ def http_response(data: bytes) -> tuple[int, int, list[tuple[str, str]]] | None:
 
 # engine.rs
 @final
+def kvm_probe() -> tuple[bool, str]: ...
+
 class Engine:
     @staticmethod
     def software(
+        memory: Memory,
+        bus: Bus,
+        clock: Clock,
+        control: Control,
+        ioapic: Ioapic,
+        msi: MsiRelay,
+        *,
+        vcpus: int,
+        phys_bits: int,
+    ) -> Engine: ...
+    @staticmethod
+    def kvm(
         memory: Memory,
         bus: Bus,
         clock: Clock,

@@ -20,6 +20,13 @@ pub struct Engine {
 }
 
 impl Engine {
+    fn connected(engine: Box<dyn vcpu::Engine>, ioapic: &Ioapic, msi: &MsiRelay) -> Self {
+        let sink = engine.irq_sink();
+        ioapic.ioapic.connect(Arc::downgrade(&sink));
+        msi.relay.connect(sink);
+        Self { engine: Mutex::new(engine) }
+    }
+
     /// The engine, unless it runs on another thread.
     fn standing(&self) -> PyResult<MutexGuard<'_, Box<dyn vcpu::Engine>>> {
         match self.engine.try_lock() {
@@ -57,11 +64,40 @@ impl Engine {
             eoi: Some(ioapic.ioapic.clone()),
         })
         .map_err(|e| errors::refused(e.message))?;
-        let engine: Box<dyn vcpu::Engine> = Box::new(made);
-        let sink = engine.irq_sink();
-        ioapic.ioapic.connect(Arc::downgrade(&sink));
-        msi.relay.connect(sink);
-        Ok(Self { engine: Mutex::new(engine) })
+        Ok(Self::connected(Box::new(made), ioapic, msi))
+    }
+
+    /// The KVM engine, likewise. Reads and verifies all memory of a machine that was restored; raises `NotSupported` where this
+    /// host's KVM cannot be used.
+    #[staticmethod]
+    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits))]
+    #[allow(clippy::too_many_arguments)]
+    fn kvm(
+        py: Python<'_>,
+        memory: &Memory,
+        bus: &Bus,
+        clock: &Clock,
+        control: &Control,
+        ioapic: &Ioapic,
+        msi: &MsiRelay,
+        vcpus: usize,
+        phys_bits: u8,
+    ) -> PyResult<Self> {
+        let config = kvm::EngineConfig {
+            memory: memory.memory.clone(),
+            bus: bus.bus.clone(),
+            clock: clock.clock.clone(),
+            control: control.control.clone(),
+            vcpus,
+            phys_bits,
+            eoi: Some(ioapic.ioapic.clone()),
+        };
+        let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(|e| match e.code {
+            "host" => errors::raise("NotSupported", &e.message, &[]),
+            "damaged" => errors::raise("Damaged", &e.message, &[]),
+            _ => errors::engine(e),
+        })?;
+        Ok(Self::connected(Box::new(made), ioapic, msi))
     }
 
     /// `software` or `kvm`.
@@ -106,6 +142,13 @@ impl Engine {
         let state: VcpuState = crate::saved::read(state).map_err(refuse)?;
         engine.set_state(vcpu, &state).map_err(|e: EngineError| refuse(e.message))
     }
+}
+
+/// Whether this host's KVM can run an operating system, and the reason. Takes a few milliseconds.
+#[pyfunction]
+pub fn kvm_probe(py: Python<'_>) -> (bool, String) {
+    let probe = py.detach(kvm::probe);
+    (probe.runs, probe.reason)
 }
 
 fn check(vcpu: usize, vcpus: usize) -> PyResult<()> {

@@ -116,6 +116,16 @@ impl Clock {
         self.epoch().state
     }
 
+    /// What the guest's TSC is ahead of the host's own counter, while the clock runs; `None` where their rates differ.
+    pub fn native_offset(&self) -> Option<u64> {
+        (self.native && self.running.load(Ordering::Acquire)).then(|| self.offset.load(Ordering::Relaxed))
+    }
+
+    /// Whether the guest's TSC and the host's own counter have one rate.
+    pub fn native(&self) -> bool {
+        self.native
+    }
+
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
         if self.native && self.running.load(Ordering::Acquire) {
@@ -179,12 +189,21 @@ impl Clock {
     /// Moves a running clock one step on towards where it would be had the machine never stood still. To be called while no vCPU
     /// executes; afterwards the guests' clock pages must be written anew, as after a pause.
     pub fn catch_up(&self) {
+        self.catch_up_by(|owed| (owed / STEP_PART).clamp(STEP_MIN_NS, STEP_MAX_NS).min(owed));
+    }
+
+    /// Likewise, all of it in one step: for vCPUs that cannot be stopped in between at little cost.
+    pub fn catch_up_at_once(&self) {
+        self.catch_up_by(|owed| owed);
+    }
+
+    fn catch_up_by(&self, step: impl FnOnce(u64) -> u64) {
         let mut epoch = self.epoch();
         if epoch.owed == 0 || !self.running.load(Ordering::Acquire) {
             return;
         }
         let mut now = self.now(&epoch);
-        let step = (epoch.owed / STEP_PART).clamp(STEP_MIN_NS, STEP_MAX_NS).min(epoch.owed);
+        let step = step(epoch.owed);
         epoch.owed -= step;
         let ticks = scale(step, self.tsc_khz);
         now.tsc = now.tsc.wrapping_add(ticks);
@@ -194,6 +213,14 @@ impl Clock {
         epoch.state = now;
         self.start(&mut epoch);
         self.behind.store(epoch.owed > 0, Ordering::Relaxed);
+    }
+
+    /// While stopped: the guest has already seen `boot_ns`, so its time may not go back behind it.
+    pub fn not_before(&self, boot_ns: u64) {
+        let mut epoch = self.epoch();
+        if !self.running.load(Ordering::Acquire) {
+            epoch.state.boot_ns = epoch.state.boot_ns.max(boot_ns);
+        }
     }
 
     /// How long until the guest's TSC reaches `deadline`; zero when it has.

@@ -1,6 +1,6 @@
 //! The I/O APIC (Intel 82093AA data sheet): 24 pins that become messages to the LAPICs. Both engines use this one.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +63,15 @@ impl Default for Ioapic {
     }
 }
 
+/// The message (address, data) that a redirection entry stands for.
+fn message(entry: u64) -> (u64, u32) {
+    let mode = entry >> 8 & 7;
+    // Redirection hint (bit 3) goes with lowest priority, destination mode is bit 2.
+    let address = 0xfee0_0000 | (entry >> 56) << 12 | u64::from(mode == 1) << 3 | (entry & LOGICAL) >> 9;
+    let level = entry & LEVEL != 0;
+    (address, (entry & 0x7ff) as u32 | u32::from(level) << 15 | 1 << 14)
+}
+
 impl Ioapic {
     pub fn from_state(state: IoapicState) -> Result<Self, IoapicStateError> {
         let refuse = |field, why: String| Err(IoapicStateError { field, why });
@@ -90,7 +99,9 @@ impl Ioapic {
 
     /// Binds the LAPICs. Called once, before the first vCPU runs; a second call is ignored.
     pub fn connect(&self, sink: Weak<dyn IrqSink>) {
+        let s = self.lock();
         let _ = self.sink.set(sink);
+        self.announce(&s);
     }
 
     fn lock(&self) -> MutexGuard<'_, IoapicState> {
@@ -135,14 +146,23 @@ impl Ioapic {
         }
     }
 
+    fn sink(&self) -> Option<Arc<dyn IrqSink>> {
+        self.sink.get().and_then(Weak::upgrade)
+    }
+
     fn send(&self, entry: u64) {
-        let Some(sink) = self.sink.get().and_then(Weak::upgrade) else { return };
-        let mode = entry >> 8 & 7;
-        // Redirection hint (bit 3) goes with lowest priority, destination mode is bit 2.
-        let address = 0xfee0_0000 | (entry >> 56) << 12 | u64::from(mode == 1) << 3 | (entry & LOGICAL) >> 9;
-        let level = entry & LEVEL != 0;
-        let data = (entry & 0x7ff) as u32 | u32::from(level) << 15 | 1 << 14;
-        sink.msi(address, data);
+        if let Some(sink) = self.sink() {
+            let (address, data) = message(entry);
+            sink.msi(address, data);
+        }
+    }
+
+    /// Tells the LAPICs of the level-triggered pins.
+    fn announce(&self, s: &IoapicState) {
+        if let Some(sink) = self.sink() {
+            let level = s.redirection.iter().filter(|&&entry| entry & LEVEL != 0);
+            sink.level_pins(&level.map(|&entry| message(entry)).collect::<Vec<_>>());
+        }
     }
 
     fn read_register(&self, s: &IoapicState) -> u32 {
@@ -170,7 +190,11 @@ impl Ioapic {
                     // Linux clears a stuck remote IRR of version 0x11 by switching to edge and back.
                     entry &= !REMOTE_IRR;
                 }
-                s.redirection[pin] = entry & !DELIVERY_STATUS;
+                let entry = entry & !DELIVERY_STATUS;
+                s.redirection[pin] = entry;
+                if (entry | old) & LEVEL != 0 && (entry ^ old) & !(MASKED | REMOTE_IRR) != 0 {
+                    self.announce(s);
+                }
                 self.service_level(s, pin);
             }
             _ => {}
@@ -224,7 +248,6 @@ impl EoiListener for Ioapic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     #[derive(Default)]
     struct Sink(Mutex<Vec<(u64, u32)>>);

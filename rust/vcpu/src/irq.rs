@@ -7,6 +7,10 @@ use std::sync::{Arc, Mutex};
 /// May be called from any thread; it wakes the target vCPU.
 pub trait IrqSink: Send + Sync {
     fn msi(&self, address: u64, data: u32);
+
+    /// The I/O APIC's level-triggered pins have changed: the message of each, masked or not. For LAPICs that must know
+    /// beforehand whose end of interrupt to report. Called with the I/O APIC locked.
+    fn level_pins(&self, _messages: &[(u64, u32)]) {}
 }
 
 /// Told by a LAPIC of the end of a level-triggered interrupt (the IOAPIC listens).

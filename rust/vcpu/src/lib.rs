@@ -1,11 +1,17 @@
-//! What an engine and the devices say to each other: bus, interrupts, clock, control, vCPU state. No backend.
+//! What an engine and the devices say to each other: bus, interrupts, clock, control, vCPU state, and the CPU that every guest sees. No backend.
+
+// Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
+#![allow(clippy::precedence)]
 
 pub mod bus;
 pub mod clock;
 pub mod control;
+pub mod cpuid;
 pub mod engine;
 pub mod ioapic;
 pub mod irq;
+pub mod msr;
+pub mod profile;
 pub mod state;
 
 pub use bus::{Bus, Device, Space};

@@ -43,7 +43,11 @@ class LiveBackend:
         from freezeframe.config.validate import validate
         from freezeframe.config.vm import VmConfig
         from freezeframe.machine import build_from_snapshot
+        from freezeframe.machine.engine import choose
         from freezeframe.store import SnapshotReader
+
+        # A processor does not ask before it reads memory: on KVM all of it is taken and verified now.
+        eager = request.eager or choose(self._engine).name == "kvm"
 
         with SnapshotReader.open(directory) as reader:
             try:
@@ -54,7 +58,7 @@ class LiveBackend:
             machine = build_from_snapshot(
                 self._for_us(config),
                 reader.state,
-                reader.open_memory("copy" if request.eager else "ondemand"),
+                reader.open_memory("copy" if eager else "ondemand"),
                 engine=self._engine,
                 clock=request.clock,
                 disks={disk.id: disk.path for disk in request.disks},

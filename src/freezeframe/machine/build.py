@@ -138,9 +138,8 @@ def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int],
 
 
 def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
-    if report.name != "software":
-        raise Refused(f"no engine {report.name!r}")
-    return _core.Engine.software(
+    make = _core.Engine.kvm if report.name == "kvm" else _core.Engine.software
+    return make(
         parts.memory,
         parts.bus,
         parts.clock,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from freezeframe.errors import NotSupported, Refused
@@ -33,20 +34,33 @@ def choose(asked: str | None) -> EngineReport:
     if asked in (None, "auto") and os.environ.get(VARIABLE):
         asked, source = os.environ[VARIABLE], f"the variable {VARIABLE}"
     if asked in (None, "auto"):
-        return EngineReport("software", _why_not_kvm())
+        runs, reason = _measure()
+        return EngineReport("kvm" if runs else "software", reason)
     if asked == "software":
         return EngineReport("software", f"asked for by {source}")
     if asked == "kvm":
-        raise NotSupported(
-            "the kvm engine is not part of this version",
-            hint="leave the engine at auto or ask for software",
-        )
+        reason = f"asked for by {source}"
+        if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+            raise NotSupported(
+                f"the kvm engine: {_no_device()}",
+                hint="leave the engine at auto or ask for software",
+            )
+        return EngineReport("kvm", reason)
     raise Refused(f"no engine {asked!r} ({source}): auto, kvm or software")
 
 
-def _why_not_kvm() -> str:
+def _no_device() -> str:
     if not os.path.exists(KVM_DEVICE):
         return f"there is no {KVM_DEVICE}"
+    return f"{KVM_DEVICE} cannot be opened by this user"
+
+
+@functools.cache
+def _measure() -> tuple[bool, str]:
+    """Whether this host's KVM can run an operating system, and why it is taken or not. That it exists says nothing."""
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
-        return f"{KVM_DEVICE} cannot be opened by this user, and the kvm engine is not part of this version"
-    return f"{KVM_DEVICE} exists, but the kvm engine is not part of this version"
+        return False, _no_device()
+    from freezeframe import _core
+
+    runs, found = _core.kvm_probe()
+    return runs, f"{KVM_DEVICE} was tried: {found}"

@@ -1,0 +1,476 @@
+//! Where KVM's structures and [`VcpuState`] meet. The order of the calls matters, in both directions: the comments say why.
+
+use kvm_bindings::{
+    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_debugregs,
+    kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use vcpu::EngineError;
+use vcpu::msr;
+use vcpu::state::{DebugRegs, Events, Fpu, Lapic, MpState, Regs, Segment, Sregs, Table, VcpuState};
+
+use crate::failed;
+
+type Checked<T> = Result<T, EngineError>;
+
+fn refuse<T>(field: &str, why: impl std::fmt::Display) -> Checked<T> {
+    Err(EngineError::new("state", format!("{field}: {why}")))
+}
+
+fn set(what: &str, done: Result<(), kvm_ioctls::Error>) -> Checked<()> {
+    done.map_err(|e| EngineError::new("state", format!("{what}: KVM refuses the values: {e}")))
+}
+
+pub(crate) fn msr_name(index: u32) -> String {
+    format!("{index:#x}")
+}
+
+// ---- segments ----
+
+fn save_segment(s: &kvm_segment) -> Segment {
+    Segment {
+        base: s.base,
+        limit: s.limit,
+        selector: s.selector,
+        type_: s.type_,
+        present: s.present,
+        dpl: s.dpl,
+        db: s.db,
+        s: s.s,
+        l: s.l,
+        g: s.g,
+        avl: s.avl,
+        unusable: s.unusable,
+    }
+}
+
+fn load_segment(name: &str, s: &Segment) -> Checked<kvm_segment> {
+    let parts = [("present", s.present), ("db", s.db), ("s", s.s), ("l", s.l), ("g", s.g), ("avl", s.avl)];
+    for (part, value) in parts.into_iter().chain([("unusable", s.unusable)]) {
+        if value > 1 {
+            return refuse(&format!("sregs.{name}.{part}"), format!("{value} is above 1"));
+        }
+    }
+    if s.type_ > 15 || s.dpl > 3 {
+        return refuse(&format!("sregs.{name}"), format!("type {} with privilege level {}", s.type_, s.dpl));
+    }
+    Ok(kvm_segment {
+        base: s.base,
+        limit: s.limit,
+        selector: s.selector,
+        type_: s.type_,
+        present: s.present,
+        dpl: s.dpl,
+        db: s.db,
+        s: s.s,
+        l: s.l,
+        g: s.g,
+        avl: s.avl,
+        unusable: s.unusable,
+        padding: 0,
+    })
+}
+
+fn load_table(t: &Table) -> kvm_dtable {
+    kvm_dtable { base: t.base, limit: t.limit, padding: [0; 3] }
+}
+
+// ---- x87 and SSE: the FXSAVE image at the start of the XSAVE area ----
+
+/// Reads `N` bytes at `at` of an area of 32-bit words.
+fn bytes<const N: usize>(area: &[u32], at: usize) -> [u8; N] {
+    std::array::from_fn(|i| (area[(at + i) / 4] >> ((at + i) % 4 * 8)) as u8)
+}
+
+fn put(area: &mut [u32], at: usize, data: &[u8]) {
+    for (at, &byte) in (at..).zip(data) {
+        let shift = at % 4 * 8;
+        area[at / 4] = area[at / 4] & !(0xff << shift) | u32::from(byte) << shift;
+    }
+}
+
+const XSTATE_BV: usize = 512;
+
+fn save_fpu(xsave: &kvm_xsave) -> Fpu {
+    let a = &xsave.region;
+    let u16_at = |at| u16::from_le_bytes(bytes(a, at));
+    let u64_at = |at| u64::from_le_bytes(bytes(a, at));
+    Fpu {
+        fpr: std::array::from_fn(|i| format!("{:04x}{:016x}", u16_at(32 + 16 * i + 8), u64_at(32 + 16 * i))),
+        fcw: u16_at(0),
+        fsw: u16_at(2),
+        ftwx: bytes::<1>(a, 4)[0],
+        last_opcode: u16_at(6),
+        last_ip: u64_at(8),
+        last_dp: u64_at(16),
+        xmm: std::array::from_fn(|i| format!("{:032x}", u128::from_le_bytes(bytes(a, 160 + 16 * i)))),
+        mxcsr: u32::from_le_bytes(bytes(a, 24)),
+    }
+}
+
+fn hex(field: &str, text: &str, digits: usize) -> Checked<u128> {
+    if text.len() != digits || !text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+        return refuse(field, format!("expected {digits} lower-case hexadecimal digits"));
+    }
+    u128::from_str_radix(text, 16).or_else(|e| refuse(field, e))
+}
+
+fn load_fpu(f: &Fpu) -> Checked<kvm_xsave> {
+    let mut xsave = kvm_xsave::default();
+    let a = &mut xsave.region;
+    put(a, 0, &f.fcw.to_le_bytes());
+    put(a, 2, &f.fsw.to_le_bytes());
+    put(a, 4, &[f.ftwx]);
+    put(a, 6, &f.last_opcode.to_le_bytes());
+    put(a, 8, &f.last_ip.to_le_bytes());
+    put(a, 16, &f.last_dp.to_le_bytes());
+    put(a, 24, &f.mxcsr.to_le_bytes());
+    for (i, r) in f.fpr.iter().enumerate() {
+        put(a, 32 + 16 * i, &hex(&format!("fpu.fpr[{i}]"), r, 20)?.to_le_bytes()[..10]);
+    }
+    for (i, r) in f.xmm.iter().enumerate() {
+        put(a, 160 + 16 * i, &hex(&format!("fpu.xmm[{i}]"), r, 32)?.to_le_bytes());
+    }
+    // Both components are in the area: without these bits the processor would take their initial values.
+    put(a, XSTATE_BV, &[3]);
+    Ok(xsave)
+}
+
+// ---- LAPIC: the register page ----
+
+const DELIVERY_STATUS: u32 = 1 << 12;
+
+fn apic_get(page: &kvm_lapic_state, at: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|i| page.regs[at + i] as u8))
+}
+
+fn apic_put(page: &mut kvm_lapic_state, at: usize, value: u32) {
+    for (at, byte) in (at..).zip(value.to_le_bytes()) {
+        page.regs[at] = byte as _;
+    }
+}
+
+fn deadline_mode(lvt_timer: u32) -> bool {
+    lvt_timer >> 17 & 3 == 2
+}
+
+fn save_lapic(page: &kvm_lapic_state, x2apic: bool) -> Lapic {
+    let r = |at| apic_get(page, at);
+    let words = |at: usize| std::array::from_fn(|i| r(at + 16 * i));
+    let lvt = |at| r(at) & !DELIVERY_STATUS;
+    let timer_initial = r(0x380);
+    Lapic {
+        id: if x2apic { r(0x20) } else { r(0x20) >> 24 },
+        tpr: r(0x80),
+        ldr: r(0xd0),
+        dfr: r(0xe0) | 0x0fff_ffff,
+        svr: r(0xf0),
+        esr: r(0x280),
+        esr_pending: 0,
+        icr: u64::from(r(0x300) & !DELIVERY_STATUS) | u64::from(r(0x310)) << 32,
+        isr: words(0x100),
+        tmr: words(0x180),
+        irr: words(0x200),
+        // KVM has the entry only where machine checks are configured.
+        lvt_cmci: 1 << 16,
+        lvt_timer: lvt(0x320),
+        lvt_thermal: lvt(0x330),
+        lvt_perf: lvt(0x340),
+        lvt_lint0: lvt(0x350),
+        lvt_lint1: lvt(0x360),
+        lvt_error: lvt(0x370),
+        timer_initial,
+        timer_current: if deadline_mode(r(0x320)) { 0 } else { r(0x390).min(timer_initial) },
+        timer_divide: r(0x3e0) & 0xb,
+    }
+}
+
+fn load_lapic(page: &mut kvm_lapic_state, l: &Lapic, x2apic: bool) -> Checked<()> {
+    if !x2apic && l.id > 0xff {
+        return refuse("lapic.id", format!("{:#x} does not fit 8 bits", l.id));
+    }
+    for (name, words) in [("isr", &l.isr), ("irr", &l.irr)] {
+        if words[0] & 0xffff != 0 {
+            return refuse(&format!("lapic.{name}"), "vectors below 16 cannot be");
+        }
+    }
+    let mut put = |at, value| apic_put(page, at, value);
+    put(0x20, if x2apic { l.id } else { l.id << 24 });
+    for (at, value) in [
+        (0x80, l.tpr),
+        (0xd0, l.ldr),
+        (0xe0, l.dfr),
+        (0xf0, l.svr),
+        (0x280, l.esr),
+        (0x300, l.icr as u32),
+        (0x310, (l.icr >> 32) as u32),
+        (0x320, l.lvt_timer),
+        (0x330, l.lvt_thermal),
+        (0x340, l.lvt_perf),
+        (0x350, l.lvt_lint0),
+        (0x360, l.lvt_lint1),
+        (0x370, l.lvt_error),
+        (0x380, l.timer_initial),
+        (0x390, l.timer_current),
+        (0x3e0, l.timer_divide),
+    ] {
+        put(at, value);
+    }
+    for (at, words) in [(0x100, &l.isr), (0x180, &l.tmr), (0x200, &l.irr)] {
+        for (i, &word) in words.iter().enumerate() {
+            put(at + 16 * i, word);
+        }
+    }
+    Ok(())
+}
+
+const X2APIC: u64 = 1 << 10;
+
+// ---- MSRs ----
+
+fn get_msrs(fd: &VcpuFd) -> Checked<Vec<(u32, u64)>> {
+    let entries: Vec<_> = msr::SAVED.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+    let mut msrs = Msrs::from_entries(&entries).map_err(|e| failed("MSRs", format!("{e:?}")))?;
+    let count = fd.get_msrs(&mut msrs).map_err(|e| failed("KVM_GET_MSRS", e))?;
+    if let Some(&index) = msr::SAVED.get(count) {
+        return Err(failed("KVM_GET_MSRS", format!("MSR {index:#x} cannot be read")));
+    }
+    Ok(msrs.as_slice().iter().map(|e| (e.index, e.data)).collect())
+}
+
+fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> bool {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    Msrs::from_entries(&[entry]).is_ok_and(|msrs| fd.set_msrs(&msrs) == Ok(1))
+}
+
+// ---- events ----
+
+fn save_events(e: &kvm_vcpu_events, mp_state: MpState) -> Events {
+    Events {
+        exception_injected: e.exception.injected != 0,
+        exception_pending: false,
+        exception_nr: if e.exception.injected != 0 { e.exception.nr } else { 0 },
+        exception_error_code: (e.exception.injected != 0 && e.exception.has_error_code != 0).then_some(e.exception.error_code),
+        interrupt_injected: e.interrupt.injected != 0,
+        interrupt_nr: if e.interrupt.injected != 0 { e.interrupt.nr } else { 0 },
+        interrupt_soft: e.interrupt.injected != 0 && e.interrupt.soft != 0,
+        interrupt_shadow: e.interrupt.shadow & 3,
+        nmi_injected: e.nmi.injected != 0,
+        nmi_pending: e.nmi.pending.min(2),
+        nmi_masked: e.nmi.masked != 0,
+        sipi_vector: if mp_state == MpState::SipiReceived { e.sipi_vector } else { 0 },
+        triple_fault_pending: false,
+    }
+}
+
+fn load_events(e: &Events) -> Checked<kvm_vcpu_events> {
+    if e.triple_fault_pending {
+        return refuse("events.triple_fault_pending", "the guest was about to be reset; there is nothing to go on with");
+    }
+    if e.interrupt_soft {
+        return refuse("events.interrupt_soft", "a software interrupt half delivered cannot be taken over");
+    }
+    let exception = e.exception_injected || e.exception_pending;
+    if usize::from(exception) + usize::from(e.interrupt_injected) + usize::from(e.nmi_injected) > 1 {
+        return refuse("events", "more than one event is being delivered");
+    }
+    let mut k = kvm_vcpu_events {
+        flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW,
+        sipi_vector: e.sipi_vector,
+        ..Default::default()
+    };
+    k.exception.injected = exception.into();
+    k.exception.nr = e.exception_nr;
+    k.exception.has_error_code = e.exception_error_code.is_some().into();
+    k.exception.error_code = e.exception_error_code.unwrap_or(0);
+    k.interrupt.injected = e.interrupt_injected.into();
+    k.interrupt.nr = e.interrupt_nr;
+    k.interrupt.shadow = e.interrupt_shadow;
+    k.nmi.injected = e.nmi_injected.into();
+    k.nmi.pending = e.nmi_pending;
+    k.nmi.masked = e.nmi_masked.into();
+    Ok(k)
+}
+
+const MP_STATES: [MpState; 5] =
+    [MpState::Runnable, MpState::Uninitialized, MpState::InitReceived, MpState::Halted, MpState::SipiReceived];
+
+// ---- all of it ----
+
+/// Reads a vCPU that stands. `tsc`: the machine's clock, before TSC_ADJUST.
+pub(crate) fn capture(fd: &VcpuFd, tsc: u64) -> Checked<VcpuState> {
+    // First, because it may change the LAPIC; the events last, because everything else may add to them.
+    let mp = fd.get_mp_state().map_err(|e| failed("KVM_GET_MP_STATE", e))?.mp_state;
+    let Some(&mp_state) = MP_STATES.get(mp as usize) else {
+        return Err(failed("KVM_GET_MP_STATE", format!("state {mp} is not known")));
+    };
+    let r = fd.get_regs().map_err(|e| failed("KVM_GET_REGS", e))?;
+    let s = fd.get_sregs().map_err(|e| failed("KVM_GET_SREGS", e))?;
+    let xsave = fd.get_xsave().map_err(|e| failed("KVM_GET_XSAVE", e))?;
+    let d = fd.get_debug_regs().map_err(|e| failed("KVM_GET_DEBUGREGS", e))?;
+    let apic = fd.get_lapic().map_err(|e| failed("KVM_GET_LAPIC", e))?;
+    let read = get_msrs(fd)?;
+    let events = fd.get_vcpu_events().map_err(|e| failed("KVM_GET_VCPU_EVENTS", e))?;
+    let lapic = save_lapic(&apic, s.apic_base & X2APIC != 0);
+    let adjust = read.iter().find(|m| m.0 == msr::TSC_ADJUST).map_or(0, |m| m.1);
+    let deadline = deadline_mode(lapic.lvt_timer);
+    let msrs = read.into_iter().map(|(index, value)| {
+        let value = match index {
+            msr::TSC => tsc.wrapping_add(adjust),
+            msr::TSC_DEADLINE if !deadline => 0,
+            // It reads as set on both engines; older kernels do not keep it.
+            msr::HWCR => value | 1 << 24,
+            _ => value,
+        };
+        (msr_name(index), value)
+    });
+    let table = |t: &kvm_dtable| Table { base: t.base, limit: t.limit };
+    Ok(VcpuState {
+        regs: Regs {
+            rax: r.rax,
+            rbx: r.rbx,
+            rcx: r.rcx,
+            rdx: r.rdx,
+            rsi: r.rsi,
+            rdi: r.rdi,
+            rsp: r.rsp,
+            rbp: r.rbp,
+            r8: r.r8,
+            r9: r.r9,
+            r10: r.r10,
+            r11: r.r11,
+            r12: r.r12,
+            r13: r.r13,
+            r14: r.r14,
+            r15: r.r15,
+            rip: r.rip,
+            rflags: r.rflags,
+        },
+        sregs: Sregs {
+            cs: save_segment(&s.cs),
+            ds: save_segment(&s.ds),
+            es: save_segment(&s.es),
+            fs: save_segment(&s.fs),
+            gs: save_segment(&s.gs),
+            ss: save_segment(&s.ss),
+            tr: save_segment(&s.tr),
+            ldt: save_segment(&s.ldt),
+            gdt: table(&s.gdt),
+            idt: table(&s.idt),
+            cr0: s.cr0,
+            cr2: s.cr2,
+            cr3: s.cr3,
+            cr4: s.cr4,
+            cr8: u64::from(lapic.tpr >> 4 & 15),
+            efer: s.efer,
+            apic_base: s.apic_base,
+        },
+        fpu: save_fpu(&xsave),
+        debug_regs: DebugRegs { db: d.db, dr6: d.dr6, dr7: d.dr7 },
+        lapic,
+        events: save_events(&events, mp_state),
+        mp_state,
+        xcr0: 1,
+        msrs: msrs.collect(),
+    })
+}
+
+/// Gives a vCPU that stands this state. Its CPUID and TSC offset are set. KVM judges most values itself; on error the vCPU's
+/// state is a mixture.
+pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()> {
+    let (r, s, d) = (&state.regs, &state.sregs, &state.debug_regs);
+    if state.xcr0 != 1 {
+        return refuse("xcr0", format!("{:#x}: the CPU profile has no XSAVE, so only 0x1 is possible", state.xcr0));
+    }
+    for name in state.msrs.keys() {
+        if !msr::SAVED.iter().any(|&i| msr_name(i) == *name) {
+            return refuse(&format!("msrs.{name}"), "not an MSR of this CPU profile");
+        }
+    }
+    let msr_of = |index: u32| match state.msrs.get(&msr_name(index)) {
+        Some(&value) => Ok(value),
+        None => refuse(&format!("msrs.{index:#x}"), "is missing"),
+    };
+    let sregs = kvm_sregs {
+        cs: load_segment("cs", &s.cs)?,
+        ds: load_segment("ds", &s.ds)?,
+        es: load_segment("es", &s.es)?,
+        fs: load_segment("fs", &s.fs)?,
+        gs: load_segment("gs", &s.gs)?,
+        ss: load_segment("ss", &s.ss)?,
+        tr: load_segment("tr", &s.tr)?,
+        ldt: load_segment("ldt", &s.ldt)?,
+        gdt: load_table(&s.gdt),
+        idt: load_table(&s.idt),
+        cr0: s.cr0,
+        cr2: s.cr2,
+        cr3: s.cr3,
+        cr4: s.cr4,
+        cr8: s.cr8,
+        efer: s.efer,
+        apic_base: s.apic_base,
+        interrupt_bitmap: [0; 4],
+    };
+    let fpu = load_fpu(&state.fpu)?;
+    let events = load_events(&state.events)?;
+    let x2apic = s.apic_base & X2APIC != 0;
+
+    let mp = MP_STATES.iter().position(|m| *m == state.mp_state).unwrap_or(0);
+    set("mp_state", fd.set_mp_state(kvm_mp_state { mp_state: mp as u32 }))?;
+    // Before the events: this clears pending exceptions.
+    let regs = kvm_regs {
+        rax: r.rax,
+        rbx: r.rbx,
+        rcx: r.rcx,
+        rdx: r.rdx,
+        rsi: r.rsi,
+        rdi: r.rdi,
+        rsp: r.rsp,
+        rbp: r.rbp,
+        r8: r.r8,
+        r9: r.r9,
+        r10: r.r10,
+        r11: r.r11,
+        r12: r.r12,
+        r13: r.r13,
+        r14: r.r14,
+        r15: r.r15,
+        rip: r.rip,
+        rflags: r.rflags,
+    };
+    set("regs", fd.set_regs(&regs))?;
+    // Before the LAPIC: it carries the APIC base.
+    set("sregs", fd.set_sregs(&sregs))?;
+    // SAFETY: the structure has the size of the area, since the profile has no state beyond it.
+    set("fpu", unsafe { fd.set_xsave(&fpu) })?;
+    set("debug_regs", fd.set_debug_regs(&kvm_debugregs { db: d.db, dr6: d.dr6, dr7: d.dr7, ..Default::default() }))?;
+    // Before the MSRs: a TSC deadline is dropped, with success reported, while the timer is in another mode.
+    let mut apic = fd.get_lapic().map_err(|e| failed("KVM_GET_LAPIC", e))?;
+    load_lapic(&mut apic, &state.lapic, x2apic)?;
+    set("lapic", fd.set_lapic(&apic))?;
+    for &index in msr::SAVED {
+        let value = msr_of(index)?;
+        if !msr::storable(index, value, phys_bits) {
+            return refuse(&format!("msrs.{index:#x}"), format!("{value:#x} is not a value that this register takes"));
+        }
+        let done = match index {
+            msr::APIC_BASE if value != s.apic_base => {
+                return refuse("msrs.0x1b", format!("{value:#x} differs from sregs.apic_base {:#x}", s.apic_base));
+            }
+            // Done with the special registers; by the TSC offset; after all others; and not at all: writing the last would
+            // write the guest's memory, so the engine remembers it.
+            msr::APIC_BASE | msr::TSC | msr::TSC_DEADLINE | msr::KVM_WALL_CLOCK => true,
+            // TscFreqSel: new kernels know it, older ones refuse it.
+            msr::HWCR => set_msr(fd, index, value) || set_msr(fd, index, value & !(1 << 24)),
+            _ => set_msr(fd, index, value),
+        };
+        if !done {
+            return refuse(&format!("msrs.{index:#x}"), format!("KVM refuses the value {value:#x}"));
+        }
+    }
+    let deadline = msr_of(msr::TSC_DEADLINE)?;
+    if !set_msr(fd, msr::TSC_DEADLINE, deadline) {
+        return refuse("msrs.0x6e0", format!("KVM refuses the value {deadline:#x}"));
+    }
+    set("events", fd.set_vcpu_events(&events))
+}

@@ -1,0 +1,25 @@
+//! The KVM engine: the same machine, state and devices as the software engine, run by the processor.
+//!
+//! [`engine`] one host thread a vCPU, pausing and kicking; [`vm`] making a virtual machine; [`convert`] where KVM's
+//! structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts;
+//! [`probe`] whether this host's KVM can run an operating system.
+
+// Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
+#![allow(clippy::precedence)]
+
+pub mod convert;
+pub mod engine;
+mod exits;
+pub mod probe;
+mod sink;
+mod vm;
+
+pub use engine::{EngineConfig, KvmEngine};
+pub use probe::{Probe, probe};
+
+use vcpu::EngineError;
+
+/// A system call of KVM's that failed.
+fn failed(what: &str, error: impl std::fmt::Display) -> EngineError {
+    EngineError::new("host", format!("KVM: {what}: {error}"))
+}

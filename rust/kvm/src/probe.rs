@@ -1,0 +1,131 @@
+//! Whether this host's KVM can run an operating system: tried in a throw-away machine, because that there is a `/dev/kvm` says
+//! nothing. On some hosts (nested, sandboxed) KVM interprets the kernel's own code, slowly and not all of it.
+
+use std::time::Instant;
+
+use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use memory::{GuestMemory, RegionLayout};
+
+/// What was found; `reason` is a sentence for people.
+pub struct Probe {
+    pub runs: bool,
+    pub reason: String,
+}
+
+const CODE: u64 = 0x8000;
+const STACK: u64 = 0x7000;
+const GDT: u64 = 0x5000;
+const IDT: u64 = 0x4000;
+const PML4: u64 = 0x1000;
+const SIZE: u64 = 0x1_0000;
+const TURNS: u32 = 2000;
+/// Instructions a second below which KVM interprets: processors do a hundred times as many, interpreters a tenth.
+const FAST: u64 = 20_000_000;
+
+/// Instructions without which Linux does not boot, each ending in HLT.
+const NEEDED: &[(&str, &[u8])] = &[
+    // lock cmpxchg16b [0x6000]
+    ("lock cmpxchg16b", &[0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25, 0x00, 0x60, 0x00, 0x00, 0xf4]),
+    // push 16; push STACK; push 2; push 8; push CODE + 0x40, where HLT is; iretq
+    ("iretq", &[0x6a, 0x10, 0x68, 0, 0x70, 0, 0, 0x6a, 2, 0x6a, 8, 0x68, 0x40, 0x80, 0, 0, 0x48, 0xcf]),
+    // int3, whose handler is HLT
+    ("int3", &[0xcc, 0x90]),
+];
+
+/// Takes a few milliseconds.
+pub fn probe() -> Probe {
+    match measure() {
+        Ok(reason) => Probe { runs: true, reason },
+        Err(reason) => Probe { runs: false, reason },
+    }
+}
+
+fn said<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) -> Result<T, String> {
+    done.map_err(|e| format!("{what} fails: {e}"))
+}
+
+fn measure() -> Result<String, String> {
+    let kvm = said("opening /dev/kvm", Kvm::new())?;
+    let memory = said("memory", GuestMemory::new(&[RegionLayout { gpa: 0, size: SIZE }]))?;
+    let vm = said("KVM_CREATE_VM", kvm.create_vm())?;
+    let host = said("memory", memory.host_range(0, SIZE))?;
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: SIZE,
+        userspace_addr: host.as_ptr() as u64,
+    };
+    // SAFETY: `memory` outlives the machine's last use, which is in this function.
+    said("KVM_SET_USER_MEMORY_REGION", unsafe { vm.set_user_memory_region(region) })?;
+    let mut fd = said("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
+    let cpuid = said("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES))?;
+    said("KVM_SET_CPUID2", fd.set_cpuid2(&cpuid))?;
+    tables(&memory)?;
+
+    // The instructions first: they say more than a figure, and cost nothing.
+    for (name, code) in NEEDED {
+        run(&mut fd, &memory, &format!("`{name}`"), code)?;
+    }
+    // The better of two, for a host that was busy. mov ecx, TURNS; 1: dec ecx; jnz 1b; hlt
+    let [a, b, c, d] = TURNS.to_le_bytes();
+    let mut rate = 0;
+    for _ in 0..2 {
+        let started = Instant::now();
+        run(&mut fd, &memory, "a loop", &[0xb9, a, b, c, d, 0xff, 0xc9, 0x75, 0xfc, 0xf4])?;
+        let ns = started.elapsed().as_nanos().max(1) as u64;
+        rate = rate.max(u64::from(TURNS) * 2 * 1_000_000_000 / ns);
+    }
+    if rate < FAST {
+        return Err(format!("it interprets kernel code, at {:.1} million instructions a second", rate as f64 / 1e6));
+    }
+    Ok("it runs kernel code on the processor".into())
+}
+
+/// Long mode: the first 2 MiB one to one, flat segments, one interrupt gate.
+fn tables(memory: &GuestMemory) -> Result<(), String> {
+    let put = |at: u64, value: u64| said("memory", memory.write(at, &value.to_le_bytes()));
+    put(PML4, PML4 + 0x1000 | 3)?;
+    put(PML4 + 0x1000, PML4 + 0x2000 | 3)?;
+    put(PML4 + 0x2000, 0x83)?;
+    put(GDT + 8, 0x00af_9b00_0000_ffff)?;
+    put(GDT + 16, 0x00cf_9300_0000_ffff)?;
+    // Vector 3: an interrupt gate to CODE + 0x40, which is HLT.
+    put(IDT + 3 * 16, 0x0000_8e00_0008_0000 | CODE + 0x40)?;
+    said("memory", memory.write(CODE + 0x40, &[0xf4]))
+}
+
+fn run(fd: &mut VcpuFd, memory: &GuestMemory, what: &str, code: &[u8]) -> Result<(), String> {
+    said("memory", memory.write(CODE, code))?;
+    let mut sregs = said("KVM_GET_SREGS", fd.get_sregs())?;
+    let flat = kvm_segment { limit: !0, present: 1, s: 1, g: 1, ..Default::default() };
+    sregs.cs = kvm_segment { selector: 8, type_: 11, l: 1, ..flat };
+    let data = kvm_segment { selector: 16, type_: 3, db: 1, ..flat };
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    (sregs.gdt.base, sregs.gdt.limit) = (GDT, 23);
+    (sregs.idt.base, sregs.idt.limit) = (IDT, 4 * 16 - 1);
+    sregs.cr3 = PML4;
+    sregs.cr4 |= 1 << 5 | 1 << 9;
+    sregs.efer |= 1 << 8 | 1 << 10;
+    sregs.cr0 = 0x8000_0011;
+    said("KVM_SET_SREGS", fd.set_sregs(&sregs))?;
+    let regs = kvm_bindings::kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() };
+    said("KVM_SET_REGS", fd.set_regs(&regs))?;
+    loop {
+        return match fd.run() {
+            Ok(VcpuExit::Hlt) => Ok(()),
+            Err(e) if e.errno() == libc::EINTR => continue,
+            other => Err(format!("it cannot run {what} in ring 0 ({})", describe(other))),
+        };
+    }
+}
+
+fn describe(exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> String {
+    match exit {
+        Ok(VcpuExit::InternalError) => "KVM does not know the instruction".into(),
+        Ok(VcpuExit::Shutdown) => "triple fault".into(),
+        Ok(other) => format!("{other:?}"),
+        Err(e) => e.to_string(),
+    }
+}
