@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -19,6 +20,23 @@ pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
 RAM = 64 * MIB
+
+
+NEEDS_LINUX_GRADE = {"smp-2", "smp-4-x2apic-deadline", "smp-8"}
+
+
+@pytest.fixture(params=["software", "kvm"], autouse=True)
+def engine(request, monkeypatch):
+    """Every test here runs on both engines; where one cannot, it says so."""
+    if request.param == "kvm":
+        need_kvm()
+    monkeypatch.setenv("FREEZEFRAME_ENGINE", request.param)
+    return request.param
+
+
+def need_kvm():
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm cannot be opened here")
 
 
 def configured(tmp_path, image, cpus=1):
@@ -64,7 +82,11 @@ GUESTS = {
 
 
 @pytest.mark.parametrize("name", GUESTS)
-def test_a_guest_goes_on_through_many_restores(tmp_path, name):
+def test_a_guest_goes_on_through_many_restores(tmp_path, name, engine):
+    if engine == "kvm" and name in NEEDS_LINUX_GRADE:
+        runs, why = _core.kvm_probe()
+        if not runs:
+            pytest.skip(f"this guest takes interrupts in protected mode, and /dev/kvm was tried: {why}")
     image, cpus = GUESTS[name]
     machine = build_for_boot(configured(tmp_path, image(), cpus), capture=MIB)
     try:
