@@ -390,6 +390,9 @@ impl Engine for KvmEngine {
 
     fn run(&mut self) -> Stop {
         self.clock.resume();
+        if self.clock.behind() {
+            self.clock.catch_up_at_once();
+        }
         let stop = match self.begin() {
             Ok(()) => self.turns(),
             Err(error) => {
