@@ -75,6 +75,7 @@ class Control:
 
 # host.rs
 def host_tsc_khz() -> int: ...
+def kvm_probe() -> tuple[bool, str]: ...
 
 # irq.rs
 @final
@@ -211,8 +212,6 @@ def http_response(data: bytes) -> tuple[int, int, list[tuple[str, str]]] | None:
 
 # engine.rs
 @final
-def kvm_probe() -> tuple[bool, str]: ...
-
 class Engine:
     @staticmethod
     def software(
