@@ -71,9 +71,6 @@ fn load_segment(name: &str, s: &saved::Segment) -> Checked<Segment> {
         if !fits {
             return refuse(&format!("sregs.{name}.limit"), format!("{:#x} cannot be with granularity {}", s.limit, s.g));
         }
-        if s.l != 0 && s.db != 0 && s.s != 0 && s.type_ & 8 != 0 {
-            return refuse(&format!("sregs.{name}.l"), "a code segment cannot be 64-bit and 32-bit at once");
-        }
     }
     Ok(Segment { base: s.base, limit: s.limit, selector: s.selector, attr })
 }
@@ -475,6 +472,10 @@ fn check_segments(s: &VcpuState, cpu: &mut Cpu) -> Checked<()> {
         let code = cs.attr & (Segment::UNUSABLE | Segment::S | Segment::P | 8) == Segment::S | Segment::P | 8;
         if !code {
             return refuse("sregs.cs", format!("attributes {:#x} are not a present code segment's", cs.attr));
+        }
+        // Legacy mode ignores L.
+        if cpu.long_mode() && cs.attr & (Segment::L | Segment::DB) == Segment::L | Segment::DB {
+            return refuse("sregs.cs.l", "a code segment cannot be 64-bit and 32-bit at once");
         }
         let conforming = cs.attr & 4 != 0;
         if !conforming && cs.dpl() != cpu.cpl || conforming && cs.dpl() > cpu.cpl {

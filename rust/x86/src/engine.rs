@@ -82,8 +82,8 @@ impl SoftwareEngine {
         self.cores[n].cpu.icount
     }
 
-    /// Runs vCPU 0 for exactly `n` instructions (one that halts, or only faults for ever, stops earlier) and leaves the clock alone: for tests and replay.
-    /// Interrupts that are already there are taken. The number of instructions executed.
+    /// Runs vCPU 0 for exactly `n` instructions (one that halts, or only faults for ever, stops earlier) and leaves the clock
+    /// alone: for tests and replay. Interrupts that are already there are taken. Gives the number of instructions executed.
     pub fn run_exactly(&mut self, n: u64) -> Result<u64, Stop> {
         let first = self.cores[0].cpu.icount;
         let core = &mut self.cores[0];

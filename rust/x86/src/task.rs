@@ -82,45 +82,45 @@ impl Core {
     fn read_task(&mut self, base: u64, l: &Layout) -> Result<Task, Fault> {
         let mut task = Task {
             cr3: match l.cr3 {
-                Some(offset) => u64::from(self.read_system::<u32>(base + offset)?),
+                Some(offset) => u64::from(self.read_system::<u32>(base.wrapping_add(offset))?),
                 None => self.cpu.cr3,
             },
-            ip: self.read_word(base + l.ip, l.word)?,
-            flags: self.read_word(base + l.ip + l.word, l.word)?,
+            ip: self.read_word(base.wrapping_add(l.ip), l.word)?,
+            flags: self.read_word(base.wrapping_add(l.ip + l.word), l.word)?,
             gpr: [0; 8],
             selectors: [0; 6],
-            ldt: self.read_system(base + l.ldt)?,
+            ldt: self.read_system(base.wrapping_add(l.ldt))?,
             trap: match l.trap {
-                Some(offset) => self.read_system::<u16>(base + offset)? & 1 != 0,
+                Some(offset) => self.read_system::<u16>(base.wrapping_add(offset))? & 1 != 0,
                 None => false,
             },
         };
         for n in 0..8 {
-            task.gpr[n] = self.read_word(base + l.ip + (2 + n as u64) * l.word, l.word)?;
+            task.gpr[n] = self.read_word(base.wrapping_add(l.ip + (2 + n as u64) * l.word), l.word)?;
         }
         for n in 0..l.count {
-            task.selectors[n] = self.read_system(base + l.segments + n as u64 * l.word)?;
+            task.selectors[n] = self.read_system(base.wrapping_add(l.segments + n as u64 * l.word))?;
         }
         Ok(task)
     }
 
     /// Writes the running task into its TSS.
     fn write_task(&mut self, base: u64, l: &Layout, flags: u64) -> Result<(), Fault> {
-        self.write_word(base + l.ip, l.word, self.cpu.rip)?;
-        self.write_word(base + l.ip + l.word, l.word, flags)?;
+        self.write_word(base.wrapping_add(l.ip), l.word, self.cpu.rip)?;
+        self.write_word(base.wrapping_add(l.ip + l.word), l.word, flags)?;
         for n in 0..8 {
-            self.write_word(base + l.ip + (2 + n as u64) * l.word, l.word, self.cpu.gpr[n])?;
+            self.write_word(base.wrapping_add(l.ip + (2 + n as u64) * l.word), l.word, self.cpu.gpr[n])?;
         }
         for (n, &seg) in ORDER.iter().enumerate().take(l.count) {
-            self.write_system(base + l.segments + n as u64 * l.word, self.cpu.seg[seg].selector)?;
+            self.write_system(base.wrapping_add(l.segments + n as u64 * l.word), self.cpu.seg[seg].selector)?;
         }
         Ok(())
     }
 
     fn set_busy(&mut self, selector: u16, busy: bool) -> Result<(), Fault> {
         let Some(at) = self.descriptor_address(selector, 8) else { return Ok(()) };
-        let byte: u8 = self.read_system(at + 5)?;
-        self.write_system(at + 5, if busy { byte | 2 } else { byte & !2 })
+        let byte: u8 = self.read_system(at.wrapping_add(5))?;
+        self.write_system(at.wrapping_add(5), if busy { byte | 2 } else { byte & !2 })
     }
 
     /// Switches to the task of TSS `selector`. RIP is what the old task goes on with. `error` is pushed on the new task's stack.

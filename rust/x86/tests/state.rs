@@ -169,6 +169,7 @@ fn wrong_fields_are_refused_by_name() {
         ("sregs.gdt.base", Box::new(|s| s.sregs.gdt.base = 1 << 60)),
         ("sregs.cs.dpl", Box::new(|s| s.sregs.cs.dpl = 0)),
         ("sregs.cs", Box::new(|s| s.sregs.cs.type_ = 3)),
+        ("sregs.cs.l", Box::new(|s| s.sregs.cs.db = 1)),
         ("sregs.ds.type_", Box::new(|s| s.sregs.ds.type_ = 16)),
         ("sregs.ds.limit", Box::new(|s| s.sregs.ds.limit = 0x12_3456)),
         ("sregs.tr.base", Box::new(|s| s.sregs.tr.base = 1 << 50)),

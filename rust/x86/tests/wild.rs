@@ -121,6 +121,22 @@ fn start(r: &mut Random) -> (Vec<u8>, Vec<VcpuState>) {
     if !c.long_mode() {
         (0..16).for_each(|n| c.gpr[n] &= 0xffff_ffff);
     }
+    // Tables at the ends of the address space, breakpoints anywhere.
+    let edge = |r: &mut Random| r.pick(&[0, 0x7fff_ffff_fff8, 0xffff_8000_0000_0000, 0xffff_ffff_ffff_fff8, 0xffff_fff0, GDT]);
+    match r.below(12) {
+        0 => c.gdtr.base = edge(r),
+        1 => c.idtr.base = edge(r),
+        2 => c.tr.base = edge(r),
+        3 => (c.tr.limit, c.tr.attr) = (r.next() as u32 & 0xff, r.pick(&[0x8b, 0x83, 0x8b | 1 << 16])),
+        4 => c.gdtr.limit = r.next() as u16,
+        5 => {
+            for n in 0..4 {
+                c.dr[n] = [0x5000 + r.below(0x800), STACK1 - 8, r.next(), u64::MAX, 0x7fff_ffff_ffff][r.below(5) as usize];
+            }
+            c.dr[7] = r.next() & 0xffff_23ff | 0x400;
+        }
+        _ => {}
+    }
     m.cores[0].lapic_write(0xf0, 4, 0x1ff);
     let mut contents = vec![0; SIZE];
     m.shared.memory.read(0, &mut contents).unwrap();
