@@ -24,6 +24,8 @@ pub struct Options {
     pub examples: usize,
     /// Up to so many other instructions before each.
     pub prelude: u64,
+    /// Random bytes instead of instructions by name.
+    pub raw: bool,
     /// Decoder and instruction functions alone, without block loop and exception delivery.
     pub handlers_only: bool,
 }
@@ -39,6 +41,7 @@ impl Default for Options {
             rules: Rules::default(),
             examples: 1,
             prelude: 0,
+            raw: false,
             handlers_only: false,
         }
     }
@@ -109,9 +112,9 @@ pub fn codes(options: &Options) -> Vec<Code> {
 
 /// Runs the cases that `options` describes.
 pub fn run(options: &Options) -> Summary {
-    let codes = codes(options);
+    let codes = if options.raw { Vec::new() } else { codes(options) };
     let mut summary = Summary::default();
-    if codes.is_empty() {
+    if codes.is_empty() && !options.raw {
         return summary;
     }
     let mut native = Native::new();

@@ -6,6 +6,7 @@ use iced_x86::{
 };
 use iced_x86::{OpCodeOperandKind, OpCodeTableKind};
 
+use crate::case::INT3;
 use crate::rng::Rng;
 
 /// What the profile has. BSF's TZCNT spelling and the like are tested elsewhere: the processor here has BMI1, the profile not.
@@ -124,6 +125,8 @@ fn peculiar(form: &Form) -> bool {
     let prefixed = |range: std::ops::RangeInclusive<u8>| form.bytes[..form.bytes.len() - 1].iter().any(|b| range.contains(b));
     match form.insn.mnemonic() {
         Mnemonic::Loope | Mnemonic::Loopne => prefixed(0xf2..=0xf3),
+        // A far CALL with REX.W reads a 32-bit offset and pushes 64 bits.
+        Mnemonic::Call if form.insn.code() == Code::Call_m1632 => prefixed(0x48..=0x4f),
         Mnemonic::Pause => form.bytes[form.bytes.len() - 2] & 0xf1 == 0x41,
         // Stores through CS in 32-bit code: these two do not look at the segment's rights, which only ARPL has a case for.
         Mnemonic::Arpl | Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => prefixed(0x2e..=0x2e),
@@ -137,6 +140,55 @@ pub fn random(rng: &mut Rng, code: Code, bits: u32, ip: u64) -> Option<Form> {
         let bytes = attempt(rng, code, bits);
         decode(&bytes, bits, ip).filter(|f| f.insn.code() == code && f.insn.len() <= 15 && !peculiar(f))
     })
+}
+
+/// Random prefixes before a random opcode: an instruction of `all`'s kind, or bytes that decode to nothing. `None` for everything
+/// that this processor may take for an instruction which the profile lacks.
+pub fn raw(rng: &mut Rng, bits: u32, ip: u64) -> Option<Result<Form, Vec<u8>>> {
+    const PREFIXES: [u8; 11] = [0x66, 0x66, 0xf2, 0xf3, 0xf0, 0x67, 0x64, 0x65, 0x2e, 0x36, 0x3e];
+    let mut bytes: Vec<u8> = (0..rng.below(4)).map(|_| rng.pick(&PREFIXES)).collect();
+    if bits == 64 && rng.chance(40) {
+        bytes.push(0x40 | rng.below(16) as u8);
+        if rng.chance(10) {
+            // A prefix after REX makes REX meaningless.
+            bytes.push(rng.pick(&PREFIXES));
+        }
+    }
+    match rng.below(10) {
+        0..=2 => {}
+        3..=6 => bytes.push(0x0f),
+        7 | 8 => bytes.extend([0x0f, 0x38]),
+        _ => bytes.extend([0x0f, 0x3a]),
+    }
+    bytes.extend((0..if rng.chance(80) { 7 } else { 2 }).map(|_| rng.bits() as u8));
+    let system_call = |b: &[u8]| matches!(b, [0x0f, 0x05 | 0x34] | [0xcd, _]);
+    if bytes.windows(2).any(system_call) {
+        return None;
+    }
+    let mut padded = bytes.clone();
+    padded.resize(24, INT3);
+    let mut decoder = Decoder::with_ip(bits, &padded, ip, DecoderOptions::AMD | DecoderOptions::MPX | DecoderOptions::UMOV);
+    let insn = decoder.decode();
+    if insn.is_invalid() {
+        // Families of encodings in which this processor knows more than the decoder or the profile.
+        let opcode = bytes.iter().position(|b| !PREFIXES.contains(b) && (bits == 32 || b & 0xf0 != 0x40))?;
+        let known = match bytes[opcode..] {
+            [0xc4 | 0xc5 | 0x62 | 0x8f, ..] => true,
+            [0x0f, op, ..] => {
+                matches!(op, 0x0f | 0x01 | 0xae | 0xc7 | 0x24..=0x27 | 0x78 | 0x79 | 0xb9 | 0xff | 0x18..=0x1f | 0x0d | 0x00)
+            }
+            _ => false,
+        };
+        // At 15 bytes a LOCK that is not allowed and a length that is not are hard to tell apart: #UD here, #GP there.
+        return (!known && insn.len() < 15).then_some(Err(bytes));
+    }
+    let code = insn.code();
+    let profile = code.cpuid_features().iter().all(|&f| in_profile(f)) && code.encoding() == EncodingKind::Legacy;
+    if !profile || excluded(code) || code.op_code().fwait() || code.op_code().decoder_option() != DecoderOptions::NONE {
+        return None;
+    }
+    let form = decode(&padded, bits, ip)?;
+    (form.insn.code() == code && !peculiar(&form)).then_some(Ok(form))
 }
 
 fn attempt(rng: &mut Rng, code: Code, bits: u32) -> Vec<u8> {

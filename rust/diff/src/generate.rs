@@ -76,18 +76,32 @@ const SELECTORS: [u16; 24] = [
     0x2a, 0x22, 0x30, 0x08, 0x10, 0x1b, 0x27, 0x203,
 ];
 
-/// Makes case `number` of run `seed` out of `codes`. `None` when no encoding was found.
+/// Makes case `number` of run `seed` out of `codes`, or when that is empty of random bytes ([`forms::raw`]). `None` when no encoding was found.
 /// Up to `prelude` instructions on registers come before the one in question: flags and registers that it uses are then fresh.
 pub fn case(seed: u64, number: u64, codes: &[Code], bits: u32, prelude: u64) -> Option<Case> {
     let mut rng = Rng::new(seed, number);
     let rng = &mut rng;
-    let code = rng.pick(codes);
+    let code = if codes.is_empty() { Code::INVALID } else { rng.pick(codes) };
     let ip = match rng.below(20) {
         0 => CODE + 0x1000 - rng.below(16),
         1 => CODE + CODE_LEN as u64 - 1 - rng.below(15),
         _ => CODE + 0x100 + rng.below(0x200),
     };
-    let form = forms::random(rng, code, bits, ip)?;
+    let form = if codes.is_empty() {
+        match forms::raw(rng, bits, ip)? {
+            Ok(form) => form,
+            Err(bytes) => {
+                // Not at the end of the code: how much of it the processor wants to see before #UD is its own matter.
+                let ip = CODE + 0x200;
+                let gpr = std::array::from_fn(|n| DATA + 0x100 * n as u64);
+                let state = State { gpr, rip: ip, rflags: 2 | IF, ..State::default() };
+                return Some(Case { number, code, bytes, prelude: 0, bits, state, data: Box::new([0; DATA_LEN]) });
+            }
+        }
+    } else {
+        forms::random(rng, code, bits, ip)?
+    };
+    let code = form.insn.code();
     let mut build = Build { rng, bits, form, state: State::default(), data: Box::new([0; DATA_LEN]), style: Style::Integer };
     build.fill();
     build.operands()?;
