@@ -5,9 +5,9 @@ use diff::campaign::{self, Options};
 use diff::native;
 
 fn clean(options: Options) {
-    if !native::is_amd() {
+    if !native::is_reference() {
         eprintln!(
-            "not compared: the engine is an AMD processor and this is not (cargo run -p freezeframe-diff shows how they differ)"
+            "not compared: the engine follows AMD's Zen 3 and later, and this is another processor (cargo run -p freezeframe-diff shows how they differ)"
         );
         return;
     }
