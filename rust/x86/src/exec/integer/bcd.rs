@@ -4,43 +4,52 @@ use iced_x86::{Instruction, Mnemonic as N};
 
 use crate::core::{Core, DE};
 use crate::insn::{Fault, Flow, HIGH8, Handler, Insn};
-use crate::state::flags::{AF, CF, PF, SF, ZF};
+use crate::state::flags::{AF, CF, OF, PF, SF, ZF};
 
 /// ZF, SF, PF of a byte.
 fn of_byte(v: u8) -> u64 {
     (if v == 0 { ZF } else { 0 }) | (if v & 0x80 != 0 { SF } else { 0 }) | (if v.count_ones() & 1 == 0 { PF } else { 0 })
 }
 
+/// OF of `a + b` or `a - b` that gave `r`; `top` is the sign bit.
+fn overflow(sub: bool, a: u16, b: u16, r: u16, top: u16) -> u64 {
+    let b = if sub { !b } else { b };
+    if (a ^ r) & (b ^ r) & top != 0 { OF } else { 0 }
+}
+
+/// OF is undefined; here that of adding (subtracting) the whole correction at once.
 fn das_daa<const SUB: bool>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     let (old, old_cf) = (core.cpu.r8(0), core.cpu.cf());
-    let mut al = old;
+    let mut correction = 0u8;
     let (mut cf, mut af) = (false, false);
     if old & 15 > 9 || core.cpu.af() {
-        let (v, borrow) = if SUB { al.overflowing_sub(6) } else { al.overflowing_add(6) };
-        al = v;
-        cf = old_cf || borrow;
+        correction = 6;
+        cf = SUB && (old_cf || old < 6);
         af = true;
     }
     if old > 0x99 || old_cf {
-        al = if SUB { al.wrapping_sub(0x60) } else { al.wrapping_add(0x60) };
+        correction += 0x60;
         cf = true;
-    } else if !SUB {
-        cf = false;
     }
+    let al = if SUB { old.wrapping_sub(correction) } else { old.wrapping_add(correction) };
     core.cpu.set_r8(0, al);
-    core.cpu.set_arith(of_byte(al) | u64::from(cf) * CF | u64::from(af) * AF);
+    let of = overflow(SUB, old.into(), correction.into(), al.into(), 0x80);
+    core.cpu.set_arith(of_byte(al) | u64::from(cf) * CF | u64::from(af) * AF | of);
     Ok(Flow::Next)
 }
 
+/// ZF, SF, PF and OF are undefined; here those of adjusting AX before its second digit is cut.
 fn aaa_aas<const SUB: bool>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     let adjust = core.cpu.r8(0) & 15 > 9 || core.cpu.af();
-    let mut ax = core.cpu.r16(0);
-    if adjust {
-        ax = if SUB { ax.wrapping_sub(6).wrapping_sub(0x100) } else { ax.wrapping_add(0x106) };
-    }
-    ax &= 0xff0f;
-    core.cpu.set_r16(0, ax);
-    core.cpu.set_arith(of_byte(ax as u8) | if adjust { CF | AF } else { 0 });
+    let old = core.cpu.r16(0);
+    let by = if adjust { 0x106 } else { 0 };
+    let ax = if SUB { old.wrapping_sub(by) } else { old.wrapping_add(by) };
+    core.cpu.set_r16(0, ax & 0xff0f);
+    let flags = of_byte(ax as u8) & PF
+        | (if ax == 0 { ZF } else { 0 })
+        | (if ax & 0x8000 != 0 { SF } else { 0 })
+        | overflow(SUB, old, by, ax, 0x8000);
+    core.cpu.set_arith(flags | if adjust { CF | AF } else { 0 });
     Ok(Flow::Next)
 }
 
@@ -56,10 +65,14 @@ fn aam(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     Ok(Flow::Next)
 }
 
+/// CF, AF and OF are undefined; here those of the byte addition.
 fn aad(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
-    let al = core.cpu.r8(0).wrapping_add(core.cpu.r8(HIGH8).wrapping_mul(i.imm as u8));
+    let (low, high) = (core.cpu.r8(0), core.cpu.r8(HIGH8).wrapping_mul(i.imm as u8));
+    let (al, carry) = low.overflowing_add(high);
     core.cpu.set_r16(0, u16::from(al));
-    core.cpu.set_arith(of_byte(al));
+    let half = (low & 15) + (high & 15) > 15;
+    let of = overflow(false, low.into(), high.into(), al.into(), 0x80);
+    core.cpu.set_arith(of_byte(al) | u64::from(carry) * CF | u64::from(half) * AF | of);
     Ok(Flow::Next)
 }
 

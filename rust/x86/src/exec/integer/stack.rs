@@ -239,9 +239,10 @@ fn popf<T: Int, K: Stack>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     }
     let old = core.cpu.rflags();
     core.cpu.set_rflags((old & !may | v.zext() & may) & !fl::RF);
-    // Interrupts that were held off, or single stepping, begin at the next boundary.
+    // Interrupts that were held off, single stepping and alignment checks begin at the next boundary.
     let now = core.cpu.flags;
-    Ok(if now & fl::TF != 0 || now & !old & fl::IF != 0 { Flow::Leave } else { Flow::Next })
+    let aligned = core.cpu.cpl == 3 && (now ^ old) & fl::AC != 0;
+    Ok(if now & fl::TF != 0 || now & !old & fl::IF != 0 || aligned { Flow::Leave } else { Flow::Next })
 }
 
 fn may_mask(core: &mut Core) -> Result<(), Fault> {
