@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 pub const SECTOR: u64 = 512;
@@ -14,6 +15,8 @@ pub struct Disk {
     read_only: bool,
     /// The coarse clock's reading that writes must not share, see [`Disk::arm_write_barrier`].
     barrier: Option<Duration>,
+    /// Something may have been written that is not on the medium. At first true: nobody knows what was done to the file before.
+    unsynced: AtomicBool,
 }
 
 /// The clock that a file system stamps files with (`ktime_get_coarse_real_ts64`): it moves once a tick.
@@ -30,7 +33,7 @@ fn check(n: libc::ssize_t) -> io::Result<usize> {
 
 impl Disk {
     pub fn new(file: File, read_only: bool) -> io::Result<Self> {
-        let mut disk = Self { file, size: 0, read_only, barrier: None };
+        let mut disk = Self { file, size: 0, read_only, barrier: None, unsynced: AtomicBool::new(true) };
         disk.size = disk.length()?;
         Ok(disk)
     }
@@ -55,15 +58,24 @@ impl Disk {
         self.file.try_clone()
     }
 
-    /// All that was written is on the medium.
+    /// All that was written is on the medium. Costs nothing when nothing was written since the last time.
     pub fn sync(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.read_only || !self.unsynced.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.file.sync_data().inspect_err(|_| self.unsynced.store(true, Ordering::Release))
     }
 
     /// The next write waits until the file system's clock has moved on from now: its time stamp will differ from those that
     /// the file has at this moment.
     pub fn arm_write_barrier(&mut self) {
         self.barrier = Some(coarse_clock());
+    }
+
+    /// Before every change of the file.
+    fn before_write(&mut self) {
+        *self.unsynced.get_mut() = true;
+        self.pass_barrier();
     }
 
     fn pass_barrier(&mut self) {
@@ -86,7 +98,7 @@ impl Disk {
 
     /// Writes all of `ranges` from `offset` on.
     pub fn write(&mut self, ranges: &mut [libc::iovec], offset: u64) -> io::Result<()> {
-        self.pass_barrier();
+        self.before_write();
         self.transfer(ranges, offset, |fd, list, count, at| {
             // SAFETY: `list` has `count` ranges that the caller vouches for.
             unsafe { libc::pwritev(fd, list, count, at) }
@@ -149,7 +161,7 @@ impl Disk {
     }
 
     fn allocate(&mut self, mode: i32, offset: u64, len: u64) -> io::Result<()> {
-        self.pass_barrier();
+        self.before_write();
         let bad = || io::Error::from_raw_os_error(libc::EINVAL);
         let (at, size) = (i64::try_from(offset).map_err(|_| bad())?, i64::try_from(len).map_err(|_| bad())?);
         loop {
@@ -169,6 +181,25 @@ impl Disk {
 mod tests {
     use super::*;
     use std::io::Write;
+
+    #[test]
+    fn only_what_was_written_is_synced() {
+        let path = std::env::temp_dir().join(format!("sync-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        (&file).write_all(&[1; 4096]).unwrap();
+        let mut disk = Disk::new(file, false).unwrap();
+        assert!(disk.unsynced.load(Ordering::Relaxed), "what others wrote before is synced once");
+        disk.sync().unwrap();
+        assert!(!disk.unsynced.load(Ordering::Relaxed));
+        let mut data = [7u8; 512];
+        let mut range = [libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: 512 }];
+        disk.write(&mut range, 0).unwrap();
+        assert!(disk.unsynced.load(Ordering::Relaxed));
+        disk.sync().unwrap();
+        let _ = disk.discard(0, 512);
+        assert!(disk.unsynced.load(Ordering::Relaxed));
+    }
 
     #[test]
     fn the_barrier_separates_time_stamps() {
