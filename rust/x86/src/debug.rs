@@ -34,6 +34,8 @@ pub struct Breakpoints {
     pub data: bool,
     /// DR6 bits of those that the running instruction, or one whose trap MOV SS holds back, has hit.
     pub hit: u64,
+    /// The frame of a #DB is being written.
+    pub muted: bool,
 }
 
 impl Breakpoints {

@@ -51,7 +51,7 @@ impl Core {
             // Faults restart their instruction: RF keeps an instruction breakpoint from hitting twice.
             let rf = !matches!(current.vector, DB | BP | OF | DF);
             match self.enter(current.vector, Source::Hardware, current.error, rf) {
-                Ok(()) => return Ok(Delivered::Entered),
+                Ok(()) => return self.entered(),
                 Err(Fault) => match self.fault.take() {
                     Some(Pending::Exception(second)) => {
                         self.noncanonical = false;
@@ -101,7 +101,7 @@ impl Core {
     /// An interrupt or NMI: what goes wrong on the way in is delivered instead.
     fn interrupt(&mut self, vector: u8) -> Result<Delivered, Fault> {
         match self.enter(vector, Source::Hardware, None, false) {
-            Ok(()) => Ok(Delivered::Entered),
+            Ok(()) => self.entered(),
             Err(Fault) => match self.fault.take() {
                 Some(Pending::Exception(e)) => self.deliver(e),
                 other => {
@@ -110,6 +110,21 @@ impl Core {
                 }
             },
         }
+    }
+
+    /// A frame was written. Where it met a data breakpoint #DB follows at once: nothing is left pending between instructions.
+    fn entered(&mut self) -> Result<Delivered, Fault> {
+        let hit = std::mem::take(&mut self.breakpoints.hit);
+        if hit == 0 || self.breakpoints.muted {
+            return Ok(Delivered::Entered);
+        }
+        self.cpu.dr[6] = self.cpu.dr[6] & !0xf | hit;
+        // The frame of this #DB does not raise another.
+        self.breakpoints.muted = true;
+        let delivered = self.deliver(Exception { vector: DB, error: None, cr2: 0 });
+        self.breakpoints.muted = false;
+        self.breakpoints.hit = 0;
+        delivered
     }
 
     /// Whether [`Core::poll_events`] would do something. Cheap: called between blocks.

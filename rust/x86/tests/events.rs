@@ -365,3 +365,15 @@ fn task_switch_faults() {
     m.cores[0].switch_task(OTHER_TASK, Way::Jump, None, 0).unwrap();
     assert_eq!((m.cores[0].cpu.rip, m.cores[0].cpu.tr.selector), (0x7900, OTHER_TASK));
 }
+
+/// The frame of a fault lies on a watched address: #DB comes before the handler's first instruction, and not again for its own frame.
+#[test]
+fn a_frame_on_a_watched_address_traps_at_once() {
+    // ud2
+    let (mut m, mut cache) = debugged(&[0x0f, 0x0b], [STACK1 - 8, 0, 0, 0], 1 | 0x9 << 16);
+    m.write(0x7100, &[0xf4]);
+    m.gate64(UD, CODE64, 0x7100, INT64, 0);
+    let (rip, _, causes) = until_halt(&mut m, &mut cache);
+    assert_eq!((rip, causes), (0x7100, 1));
+    assert_eq!(m.cores[0].breakpoints.hit, 0);
+}
