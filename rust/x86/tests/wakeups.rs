@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use common::*;
-use vcpu::{Bus, Clock, Control, Device, Engine, IrqSink, Space, Stop};
+use vcpu::{Bus, Clock, Control, Device, Engine, Space, Stop};
 use x86::{EngineConfig, SoftwareEngine, msr};
 
 const VECTOR: u8 = 0x61;
