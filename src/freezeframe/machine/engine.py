@@ -34,18 +34,16 @@ def choose(asked: str | None) -> EngineReport:
     if asked in (None, "auto") and os.environ.get(VARIABLE):
         asked, source = os.environ[VARIABLE], f"the variable {VARIABLE}"
     if asked in (None, "auto"):
-        runs, reason = _measure()
-        return EngineReport("kvm" if runs else "software", reason)
+        return EngineReport("software", _why_software())
     if asked == "software":
         return EngineReport("software", f"asked for by {source}")
     if asked == "kvm":
-        reason = f"asked for by {source}"
         if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
             raise NotSupported(
                 f"the kvm engine: {_no_device()}",
                 hint="leave the engine at auto or ask for software",
             )
-        return EngineReport("kvm", reason)
+        return EngineReport("kvm", f"asked for by {source}; {_measured()}")
     raise Refused(f"no engine {asked!r} ({source}): auto, kvm or software")
 
 
@@ -55,12 +53,17 @@ def _no_device() -> str:
     return f"{KVM_DEVICE} cannot be opened by this user"
 
 
-@functools.cache
-def _measure() -> tuple[bool, str]:
-    """Whether this host's KVM can run an operating system, and why it is taken or not. That it exists says nothing."""
+def _why_software() -> str:
+    """Why `auto` does not take KVM: until that engine has run Linux, only who asks for it gets it."""
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
-        return False, _no_device()
+        return _no_device()
+    return f"{KVM_DEVICE} is there, but the kvm engine has not run Linux yet: it is taken only when asked for"
+
+
+@functools.cache
+def _measured() -> str:
+    """What a throw-away machine says of this host's KVM: that the device exists says nothing."""
     from freezeframe import _core
 
-    runs, found = _core.kvm_probe()
-    return runs, f"{KVM_DEVICE} was tried: {found}"
+    _runs, found = _core.kvm_probe()
+    return f"{KVM_DEVICE} was tried: {found}"
