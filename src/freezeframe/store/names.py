@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from freezeframe._core import debug_text
+from freezeframe.errors import IoFailed, NotFound, os_error_text
 from freezeframe.state.document import DOCUMENT_NAME
 
 REGION_PREFIX = "memory-region-"
@@ -35,3 +36,21 @@ def not_a_directory(path: str) -> str:
 
 def path_text(directory: str | os.PathLike[str]) -> str:
     return os.fsdecode(directory)
+
+
+def open_directory(path: str, *, hint: str, chain: tuple[str, ...], step: tuple[str, ...] = ()) -> int:
+    """A descriptor of the directory of a snapshot.
+
+    Raises `NotFound` with `hint` or `IoFailed`, with Cloud Hypervisor's texts: `chain`, and `step` for the latter.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise NotFound(f"{path!r} does not exist" if missing else f"{path!r} is not a directory", hint=hint).chained(
+            *chain, not_a_directory(path)
+        ) from error
+    except OSError as error:
+        raise IoFailed(f"{path!r} cannot be opened: {error.strerror}").chained(
+            *chain, *step, os_error_text(error)
+        ) from error

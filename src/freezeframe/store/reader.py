@@ -13,7 +13,7 @@ from freezeframe.store.names import (
     RECEIVING,
     SOURCE_MISSING,
     is_region,
-    not_a_directory,
+    open_directory,
     path_text,
     region_name,
 )
@@ -55,18 +55,7 @@ class SnapshotReader:
         (cut, changed, contradicting itself), `Incompatible` (another version or architecture) or `IoFailed`.
         """
         path = path_text(directory)
-        try:
-            dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise NotFound(
-                f"{path!r} does not exist" if missing else f"{path!r} is not a directory",
-                hint="name the directory that a snapshot was written to",
-            ).chained(*SOURCE_MISSING, not_a_directory(path)) from error
-        except OSError as error:
-            raise IoFailed(f"{path!r} cannot be opened: {error.strerror}").chained(
-                *SOURCE_MISSING, os_error_text(error)
-            ) from error
+        dir_fd = open_directory(path, hint="name the directory that a snapshot was written to", chain=SOURCE_MISSING)
         try:
             names = set(os.listdir(dir_fd))
             document = _read_document(dir_fd, path, names)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from freezeframe._core import write_region
-from freezeframe.errors import Busy, Damaged, FreezeframeError, IoFailed, NotFound, Refused, os_error_text
+from freezeframe.errors import Busy, Damaged, FreezeframeError, IoFailed, Refused, os_error_text
 from freezeframe.state.document import DOCUMENT_NAME, MemoryImage, RegionImage, encode, to_base64
-from freezeframe.store.names import SENDING, is_ours, not_a_directory, path_text, region_name
+from freezeframe.store.names import SENDING, is_ours, open_directory, path_text, region_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,18 +45,7 @@ def write_snapshot(
     `IoFailed` (no space, read-only, …), `Damaged` (the machine was restored lazily and its source turns out damaged).
     """
     path = path_text(directory)
-    try:
-        dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise NotFound(
-            f"{path!r} does not exist" if missing else f"{path!r} is not a directory",
-            hint="create the directory first",
-        ).chained(*SENDING, not_a_directory(path)) from error
-    except OSError as error:
-        raise IoFailed(f"{path!r} cannot be opened: {error.strerror}").chained(
-            *SENDING, _DOCUMENT_STEP, os_error_text(error)
-        ) from error
+    dir_fd = open_directory(path, hint="create the directory first", chain=SENDING, step=(_DOCUMENT_STEP,))
     try:
         _refuse_taken(dir_fd, path)
         writing = _Writing(dir_fd, path, unnamed=True)
