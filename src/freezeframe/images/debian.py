@@ -97,7 +97,8 @@ def package(name: str, progress: Progress = silent) -> Path:
 
 def dependency(name: str, prefix: str, progress: Progress = silent) -> str:
     """The first dependency of package ``name`` that starts with ``prefix`` (metapackages point at real ones)."""
-    fields = run("dpkg-deb", "--field", str(package(name, progress)), "Depends")
+    deb = str(package(name, progress))
+    fields = run("dpkg-deb", "--field", deb, "Depends") + " " + run("dpkg-deb", "--field", deb, "Pre-Depends")
     for word in fields.replace(",", " ").replace("|", " ").split():
         if word.startswith(prefix):
             return word
