@@ -224,6 +224,7 @@ class Engine:
         *,
         vcpus: int,
         phys_bits: int,
+        tier: str = "translator",
     ) -> Engine: ...
     @staticmethod
     def kvm(

@@ -194,7 +194,16 @@ impl Board {
 
         let clock = Arc::new(Clock::new(1_000_000, 0));
         let eoi = Some(ioapic.clone() as Arc<dyn vcpu::EoiListener>);
-        let parts = EngineConfig { memory, bus, clock, control: control.clone(), vcpus: config.cpus, phys_bits: 40, eoi };
+        let parts = EngineConfig {
+            memory,
+            bus,
+            clock,
+            control: control.clone(),
+            vcpus: config.cpus,
+            phys_bits: 40,
+            eoi,
+            tier: x86::Tier::default(),
+        };
         let mut engine = SoftwareEngine::new(parts).map_err(|e| e.to_string())?;
         ioapic.connect(Arc::downgrade(&engine.irq_sink()));
         let core = engine.core(0);

@@ -40,9 +40,9 @@ impl Engine {
 #[pymethods]
 impl Engine {
     /// The software engine, its vCPUs in their reset state: the first one at the reset vector, the others waiting for INIT. Connects
-    /// the I/O APIC and the message relay to its LAPICs.
+    /// the I/O APIC and the message relay to its LAPICs. `tier`: what runs decoded blocks, `interpreter` or `translator`.
     #[staticmethod]
-    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits))]
+    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, tier="translator"))]
     #[allow(clippy::too_many_arguments)]
     fn software(
         memory: &Memory,
@@ -53,6 +53,7 @@ impl Engine {
         msi: &MsiRelay,
         vcpus: usize,
         phys_bits: u8,
+        tier: &str,
     ) -> PyResult<Self> {
         let made = SoftwareEngine::new(EngineConfig {
             memory: memory.memory.clone(),
@@ -62,6 +63,7 @@ impl Engine {
             vcpus,
             phys_bits,
             eoi: Some(ioapic.ioapic.clone()),
+            tier: tier.parse().map_err(errors::refused)?,
         })
         .map_err(|e| errors::refused(e.message))?;
         Ok(Self::connected(Box::new(made), ioapic, msi))

@@ -13,6 +13,7 @@ use crate::insn::{Fault, HIGH8, Insn};
 use crate::kvmclock::KvmClock;
 use crate::lapic::Lapic;
 use crate::state::{CS, CodeSize, Cpu, flags};
+use crate::tier::Tier;
 
 const CR0_AM: u64 = 1 << 18;
 use crate::tlb::{self, Tlb};
@@ -63,10 +64,12 @@ pub struct Shared {
     pub apics: Arc<Apics>,
     /// Physical address bits that CPUID shows and page tables may use.
     pub phys_bits: u8,
+    /// What runs decoded blocks.
+    pub tier: Tier,
 }
 
 impl Shared {
-    /// `eoi` is told of the end of level-triggered interrupts.
+    /// `eoi` is told of the end of level-triggered interrupts. The tier is the default one.
     pub fn new(
         memory: Arc<GuestMemory>,
         bus: Arc<Bus>,
@@ -77,7 +80,7 @@ impl Shared {
         eoi: Option<Arc<dyn EoiListener>>,
     ) -> Self {
         let apics = Arc::new(Apics::new(vcpus, control.clone(), eoi));
-        Self { memory, bus, clock, control, apics, phys_bits }
+        Self { memory, bus, clock, control, apics, phys_bits, tier: Tier::default() }
     }
 }
 

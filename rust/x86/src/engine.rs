@@ -11,6 +11,7 @@ use crate::core::{Core, Pending, Shared};
 use crate::exec;
 use crate::run::RunExit;
 use crate::state::{Activity, flags};
+use crate::tier::Tier;
 
 /// Instructions of one turn: about 0.2 ms, which bounds how late a timer or an IPI to another vCPU can be.
 const SLICE: u64 = 50_000;
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     pub phys_bits: u8,
     /// Told of the end of level-triggered interrupts: the I/O APIC.
     pub eoi: Option<Arc<dyn EoiListener>>,
+    /// What runs decoded blocks.
+    pub tier: Tier,
 }
 
 /// Guarantees: outside [`Engine::run`] every vCPU stands at an instruction boundary and nothing runs; the order of turns depends
@@ -63,7 +66,7 @@ enum Turn {
 impl SoftwareEngine {
     /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise.
     pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
-        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi } = config;
+        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi, tier } = config;
         if vcpus == 0 || vcpus > MAX_VCPUS {
             return Err(EngineError::new("host", format!("{vcpus} vCPUs: the software engine runs 1 to {MAX_VCPUS}")));
         }
@@ -72,7 +75,7 @@ impl SoftwareEngine {
         }
         exec::host::supported()
             .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
-        let shared = Arc::new(Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi));
+        let shared = Arc::new(Shared { tier, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
         Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0, calm: vec![0; vcpus] })
     }

@@ -26,8 +26,10 @@ pub mod run;
 pub mod segments;
 pub mod state;
 pub mod task;
+pub mod tier;
 pub mod tlb;
 
 pub use engine::{EngineConfig, SoftwareEngine};
+pub use tier::Tier;
 // Both engines show the same CPU: what it is made of belongs to neither.
 pub use vcpu::{cpuid, profile};

@@ -56,6 +56,7 @@ impl Run {
             vcpus: 1,
             phys_bits: 46,
             eoi: None,
+            tier: x86::Tier::default(),
         })
         .unwrap();
         engine.set_state(0, state).unwrap();

@@ -84,6 +84,7 @@ fn sleeper(vcpus: usize) -> Sleeper {
         vcpus,
         phys_bits: 46,
         eoi: None,
+        tier: x86::Tier::default(),
     })
     .unwrap();
     for (n, state) in states.iter().enumerate() {

@@ -157,6 +157,7 @@ fn engine(contents: &[u8], states: &[VcpuState], ioapic: IoapicState) -> (Softwa
         vcpus: states.len(),
         phys_bits: 46,
         eoi: Some(ioapic.clone()),
+        tier: x86::Tier::default(),
     })
     .unwrap();
     ioapic.connect(Arc::downgrade(&engine.irq_sink()));

@@ -138,17 +138,11 @@ def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int],
 
 
 def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
-    make = _core.Engine.kvm if report.name == "kvm" else _core.Engine.software
-    return make(
-        parts.memory,
-        parts.bus,
-        parts.clock,
-        parts.control,
-        parts.ioapic,
-        parts.msi,
-        vcpus=parts.config.cpus.boot_vcpus,
-        phys_bits=parts.config.cpus.max_phys_bits,
-    )
+    connected = (parts.memory, parts.bus, parts.clock, parts.control, parts.ioapic, parts.msi)
+    cpus = parts.config.cpus
+    if report.name == "kvm":
+        return _core.Engine.kvm(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits)
+    return _core.Engine.software(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits, tier=report.tier)
 
 
 def _check(config: VmConfig) -> None:

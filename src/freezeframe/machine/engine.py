@@ -9,17 +9,23 @@ from freezeframe.errors import NotSupported, Refused
 
 ENGINES = ("auto", "kvm", "software")
 VARIABLE = "FREEZEFRAME_ENGINE"
+TIERS = ("interpreter", "translator")
+TIER_VARIABLE = "FREEZEFRAME_TIER"
 KVM_DEVICE = "/dev/kvm"
 
 
 class EngineReport:
-    """The engine in use (`software` or `kvm`) and the reason, a sentence for people."""
+    """The engine in use (`software` or `kvm`) and the reason, a sentence for people.
 
-    __slots__ = ("name", "reason")
+    `tier`: what runs decoded blocks in the software engine, `interpreter` or `translator`; of no meaning on KVM.
+    """
 
-    def __init__(self, name: str, reason: str) -> None:
+    __slots__ = ("name", "reason", "tier")
+
+    def __init__(self, name: str, reason: str, tier: str = "translator") -> None:
         self.name = name
         self.reason = reason
+        self.tier = tier
 
     def __repr__(self) -> str:
         return f"<EngineReport {self.name}: {self.reason}>"
@@ -28,15 +34,18 @@ class EngineReport:
         return {"name": self.name, "reason": self.reason}
 
 
-def choose(asked: str | None) -> EngineReport:
-    """`asked`: the option's value; None or "auto" leaves it to the environment variable, and then to us."""
+def choose(asked: str | None, tier: str | None = None) -> EngineReport:
+    """`asked`: the option's value; None or "auto" leaves it to the environment variable, and then to us.
+
+    `tier`: likewise, of the software engine; it has no option, the translator is for everybody.
+    """
     source = "the engine option"
     if asked in (None, "auto") and os.environ.get(VARIABLE):
         asked, source = os.environ[VARIABLE], f"the variable {VARIABLE}"
     if asked in (None, "auto"):
-        return EngineReport("software", _why_software())
+        return EngineReport("software", _why_software(), _tier(tier))
     if asked == "software":
-        return EngineReport("software", f"asked for by {source}")
+        return EngineReport("software", f"asked for by {source}", _tier(tier))
     if asked == "kvm":
         if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
             raise NotSupported(
@@ -45,6 +54,13 @@ def choose(asked: str | None) -> EngineReport:
             )
         return EngineReport("kvm", f"asked for by {source}; {_measured()}")
     raise Refused(f"no engine {asked!r} ({source}): auto, kvm or software")
+
+
+def _tier(asked: str | None) -> str:
+    tier = asked or os.environ.get(TIER_VARIABLE) or "translator"
+    if tier not in TIERS:
+        raise Refused(f"no tier {tier!r} (the variable {TIER_VARIABLE}): interpreter or translator")
+    return tier
 
 
 def _no_device() -> str:

@@ -319,3 +319,16 @@ def test_engine_choice(monkeypatch):
     with pytest.raises(NotSupported):
         engine.choose(None)
     assert engine.choose("software").name == "software"
+
+
+def test_the_tier_is_translator_unless_the_variable_or_the_caller_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FREEZEFRAME_TIER", raising=False)
+    assert engine.choose("software").tier == "translator"
+    monkeypatch.setenv("FREEZEFRAME_TIER", "interpreter")
+    assert engine.choose("software").tier == "interpreter"
+    assert engine.choose("software", "translator").tier == "translator"
+    monkeypatch.setenv("FREEZEFRAME_TIER", "fast")
+    with pytest.raises(Refused, match="FREEZEFRAME_TIER"):
+        engine.choose("software")
