@@ -54,6 +54,28 @@ def test_a_guest_moves_between_the_engines(tmp_path):
         machine.close()
 
 
+def test_the_guests_tsc_goes_on_from_engine_to_engine(tmp_path):
+    # rdtsc; mov [0x6000], eax; mov [0x6004], edx; jmp to the start
+    code = bytes.fromhex("0f31 a300600000 891504600000 ebf1")
+    machine = build_for_boot(configured(tmp_path, ports(code)), engine="software")
+    try:
+        last = 0
+        for hop in range(12):
+            machine.memory.write(0x6000, bytes(8))
+            machine.resume()
+            deadline = time.monotonic() + 20
+            while not any(machine.memory.read(0x6004, 4)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            machine.pause()
+            seen = int.from_bytes(machine.memory.read(0x6000, 8), "little")
+            clock = machine.save()["clock"]
+            assert last < seen <= clock["tsc"] < seen + clock["tsc_khz"] * 2000
+            last = clock["tsc"]
+            machine = again(machine, engine=("kvm", "software")[hop % 2], clock="Freeze" if hop % 3 else "Advance")
+    finally:
+        machine.close()
+
+
 def test_registers_of_every_kind_survive_kvm(tmp_path):
     with build_for_boot(configured(tmp_path, ports(bytes.fromhex("ebfe"))), engine="kvm") as machine:
         state = machine.save()

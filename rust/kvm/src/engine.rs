@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
 use kvm_bindings::{kvm_clock_data, kvm_run};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -16,6 +17,7 @@ use crate::convert::{self, msr_name};
 use crate::exits::{Outside, serve};
 use crate::failed;
 use crate::sink::Sink;
+use crate::tsc::{self, TscControl};
 use crate::vm;
 
 /// What a KVM engine is made for.
@@ -46,7 +48,7 @@ impl Vcpu {
     }
 
     fn load(&mut self, offset: u64) -> Result<(), EngineError> {
-        vm::set_tsc_offset(&self.fd, offset.wrapping_add(self.msr(msr::TSC_ADJUST)))?;
+        tsc::set_offset(&self.fd, offset.wrapping_add(self.msr(msr::TSC_ADJUST)))?;
         convert::load(&self.fd, &self.saved, self.phys_bits)
     }
 
@@ -76,6 +78,9 @@ pub struct KvmEngine {
     clock: Arc<Clock>,
     control: Arc<Control>,
     eoi: Option<Arc<dyn EoiListener>>,
+    tsc: TscControl,
+    /// Whether the vCPUs' states come from elsewhere: these guests have not seen this engine's TSC yet.
+    foreign: bool,
     /// Why the machine cannot run: a vCPU whose state is lost.
     broken: Option<EngineError>,
 }
@@ -100,15 +105,19 @@ impl KvmEngine {
         kick_signal()?;
         let (kvm, vm) = vm::create(&memory)?;
         let mut vcpus = Vec::with_capacity(count);
+        let mut tsc = TscControl::Offset;
         for number in 0..count {
             let machine =
                 Machine { apic_id: number as u32, vcpus: count as u32, phys_bits, tsc_khz: clock.tsc_khz(), apic_enabled: true };
             let fd = vm::create_vcpu(&vm, &machine)?;
+            if number == 0 {
+                tsc = tsc::control(&fd)?;
+            }
             let saved = reset_state(convert::capture(&fd, clock.tsc())?, number);
             vcpus.push(Vcpu { fd, number, phys_bits, saved });
         }
         let sink = Arc::new(Sink::new(Arc::downgrade(&vm)));
-        Ok(Self { vcpus, sink, vm, _kvm: kvm, memory, bus, clock, control, eoi, broken: None })
+        Ok(Self { vcpus, sink, vm, _kvm: kvm, memory, bus, clock, control, eoi, tsc, foreign: true, broken: None })
     }
 
     /// Takes what was sent to standing vCPUs into their state.
@@ -116,13 +125,17 @@ impl KvmEngine {
         if !self.sink.has_waiting() {
             return Ok(());
         }
-        for vcpu in &mut self.vcpus {
-            vcpu.load(0)?;
+        for vcpu in &self.vcpus {
+            // Without its timers: these would run out meanwhile.
+            let mut quiet = vcpu.saved.clone();
+            (quiet.lapic.timer_initial, quiet.lapic.timer_current) = (0, 0);
+            quiet.msrs.insert(msr_name(msr::TSC_DEADLINE), 0);
+            convert::load(&vcpu.fd, &quiet, vcpu.phys_bits)?;
         }
         self.sink.deliver(false);
         let tsc = self.clock.tsc();
         for vcpu in &mut self.vcpus {
-            // Timers too have gone on in KVM since: only what interrupts are about is new.
+            // Only what interrupts are about is new.
             let old = vcpu.saved.clone();
             vcpu.capture(tsc)?;
             let new = std::mem::replace(&mut vcpu.saved, old);
@@ -133,9 +146,43 @@ impl KvmEngine {
         Ok(())
     }
 
+    /// Where KVM shows guests the host's own counter: takes it as the machine's, and moves what the guest compares with it.
+    fn follow_host(&mut self) -> Result<(), EngineError> {
+        let adjust = self.vcpus[0].msr(msr::TSC_ADJUST);
+        // A guest that has only seen the host's counter is not told another one, whatever it has written meanwhile.
+        if self.foreign {
+            if let Some(vcpu) = self.vcpus.iter().find(|v| v.msr(msr::TSC_ADJUST) != adjust) {
+                let what = format!("vCPU {} has another TSC_ADJUST than vCPU 0", vcpu.number);
+                return Err(failed("this host's KVM shows all vCPUs one TSC", what + " (use --engine software)"));
+            }
+            let behind = self.clock.host_ahead(adjust).min(0).unsigned_abs();
+            if behind > 0 {
+                let wait = Duration::from_nanos(self.clock.ns(behind)) + Duration::from_nanos(1);
+                if wait > tsc::PATIENCE {
+                    return Err(tsc::behind(behind, self.clock.tsc_khz()));
+                }
+                self.clock.pause();
+                std::thread::sleep(wait);
+                self.clock.resume();
+            }
+        }
+        let shift = self.clock.follow_host(adjust);
+        for vcpu in &mut self.vcpus {
+            let deadline = vcpu.saved.msrs.entry(msr_name(msr::TSC_DEADLINE)).or_default();
+            *deadline = tsc::moved_deadline(*deadline, shift);
+        }
+        self.foreign = false;
+        Ok(())
+    }
+
     fn begin(&mut self) -> Result<(), EngineError> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
+        }
+        if self.tsc == TscControl::Host {
+            self.follow_host()?;
+        } else if self.clock.behind() {
+            self.clock.catch_up_at_once();
         }
         let offset = self
             .clock
@@ -390,9 +437,6 @@ impl Engine for KvmEngine {
 
     fn run(&mut self) -> Stop {
         self.clock.resume();
-        if self.clock.behind() {
-            self.clock.catch_up_at_once();
-        }
         let stop = match self.begin() {
             Ok(()) => self.turns(),
             Err(error) => {
@@ -435,6 +479,7 @@ impl Engine for KvmEngine {
         convert::load(&vcpu.fd, state, vcpu.phys_bits)
             .map_err(|e| EngineError::new(e.code, format!("vCPU {}: {}", vcpu.number, e.message)))?;
         vcpu.saved = state.clone();
+        self.foreign = true;
         Ok(())
     }
 

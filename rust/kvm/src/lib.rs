@@ -1,7 +1,7 @@
 //! The KVM engine: the same machine, state and devices as the software engine, run by the processor.
 //!
 //! [`engine`] one host thread a vCPU, pausing and kicking; [`vm`] making a virtual machine; [`convert`] where KVM's
-//! structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts;
+//! structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`tsc`] the guest's counter;
 //! [`probe`] whether this host's KVM can run an operating system.
 
 // Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
@@ -12,10 +12,12 @@ pub mod engine;
 mod exits;
 pub mod probe;
 mod sink;
+mod tsc;
 mod vm;
 
 pub use engine::{EngineConfig, KvmEngine};
 pub use probe::{Probe, probe};
+pub use tsc::TscControl;
 
 use vcpu::EngineError;
 

@@ -7,10 +7,22 @@ use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use memory::{GuestMemory, RegionLayout};
 
+use crate::tsc::{self, TscControl};
+
 /// What was found; `reason` is a sentence for people.
 pub struct Probe {
+    /// Whether Linux can be expected to boot.
     pub runs: bool,
+    /// Whether guests can be shown a TSC of their own; `None` where there is no KVM to ask.
+    pub tsc: Option<TscControl>,
     pub reason: String,
+}
+
+impl Probe {
+    /// Whether this KVM is what one would want a machine to run on: Linux boots, and snapshots keep the guest's TSC.
+    pub fn fit(&self) -> bool {
+        self.runs && self.tsc == Some(TscControl::Offset)
+    }
 }
 
 const CODE: u64 = 0x8000;
@@ -19,7 +31,7 @@ const GDT: u64 = 0x5000;
 const IDT: u64 = 0x4000;
 const PML4: u64 = 0x1000;
 const SIZE: u64 = 0x1_0000;
-const TURNS: u32 = 2000;
+const TURNS: u32 = 1000;
 /// Instructions a second below which KVM interprets: processors do a hundred times as many, interpreters a tenth.
 const FAST: u64 = 20_000_000;
 
@@ -31,21 +43,35 @@ const NEEDED: &[(&str, &[u8])] = &[
     ("iretq", &[0x6a, 0x10, 0x68, 0, 0x70, 0, 0, 0x6a, 2, 0x6a, 8, 0x68, 0x40, 0x80, 0, 0, 0x48, 0xcf]),
     // int3, whose handler is HLT
     ("int3", &[0xcc, 0x90]),
+    // fxsave64 [0x6000]; fxrstor64 [0x6000]
+    ("fxrstor", &[0x48, 0x0f, 0xae, 0x04, 0x25, 0, 0x60, 0, 0, 0x48, 0x0f, 0xae, 0x0c, 0x25, 0, 0x60, 0, 0, 0xf4]),
+    ("swapgs", &[0x0f, 0x01, 0xf8, 0xf4]),
+    // xor eax, eax; xor edx, edx; mov ecx, KERNEL_GS_BASE; wrmsr
+    ("wrmsr", &[0x31, 0xc0, 0x31, 0xd2, 0xb9, 0x02, 0x01, 0, 0xc0, 0x0f, 0x30, 0xf4]),
+    // invlpg [0x6000]
+    ("invlpg", &[0x0f, 0x01, 0x3c, 0x25, 0, 0x60, 0, 0, 0xf4]),
+    // popcnt rax, rax
+    ("popcnt", &[0xf3, 0x48, 0x0f, 0xb8, 0xc0, 0xf4]),
 ];
 
 /// Takes a few milliseconds.
 pub fn probe() -> Probe {
-    match measure() {
-        Ok(reason) => Probe { runs: true, reason },
-        Err(reason) => Probe { runs: false, reason },
+    let mut tsc = None;
+    match measure(&mut tsc) {
+        Ok(reason) => Probe { runs: true, tsc, reason: reason + shown(tsc) },
+        Err(reason) => Probe { runs: false, tsc, reason: reason + shown(tsc) },
     }
+}
+
+fn shown(tsc: Option<TscControl>) -> &'static str {
+    if tsc == Some(TscControl::Host) { "; guests read the host's TSC, which goes on while they stand still" } else { "" }
 }
 
 fn said<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) -> Result<T, String> {
     done.map_err(|e| format!("{what} fails: {e}"))
 }
 
-fn measure() -> Result<String, String> {
+fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
     let kvm = said("opening /dev/kvm", Kvm::new())?;
     let memory = said("memory", GuestMemory::new(&[RegionLayout { gpa: 0, size: SIZE }]))?;
     let vm = said("KVM_CREATE_VM", kvm.create_vm())?;
@@ -62,25 +88,40 @@ fn measure() -> Result<String, String> {
     let mut fd = said("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
     let cpuid = said("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES))?;
     said("KVM_SET_CPUID2", fd.set_cpuid2(&cpuid))?;
+    *control = Some(tsc::control(&fd).map_err(|e| e.message)?);
     tables(&memory)?;
 
     // The instructions first: they say more than a figure, and cost nothing.
+    let mut missing = Vec::new();
     for (name, code) in NEEDED {
-        run(&mut fd, &memory, &format!("`{name}`"), code)?;
+        if let Err(why) = run(&mut fd, &memory, code)? {
+            missing.push(format!("{name} ({why})"));
+        }
     }
-    // The better of two, for a host that was busy. mov ecx, TURNS; 1: dec ecx; jnz 1b; hlt
+    let rate = rate(&mut fd, &memory)?;
+    let speed = format!("kernel code at {:.1} million instructions a second", rate as f64 / 1e6);
+    if !missing.is_empty() {
+        return Err(format!("it cannot run in ring 0: {}; it runs {speed}", missing.join(", ")));
+    }
+    if rate < FAST {
+        return Err(format!("it interprets {speed}"));
+    }
+    Ok(format!("it runs kernel code on the processor ({} million instructions a second)", rate / 1_000_000))
+}
+
+/// Instructions a second: the better of two turns, for a host that was busy.
+fn rate(fd: &mut VcpuFd, memory: &GuestMemory) -> Result<u64, String> {
+    // mov ecx, TURNS; 1: dec ecx; jnz 1b; hlt
     let [a, b, c, d] = TURNS.to_le_bytes();
     let mut rate = 0;
     for _ in 0..2 {
         let started = Instant::now();
-        run(&mut fd, &memory, "a loop", &[0xb9, a, b, c, d, 0xff, 0xc9, 0x75, 0xfc, 0xf4])?;
+        run(fd, memory, &[0xb9, a, b, c, d, 0xff, 0xc9, 0x75, 0xfc, 0xf4])?
+            .map_err(|why| format!("it cannot run a loop in ring 0 ({why})"))?;
         let ns = started.elapsed().as_nanos().max(1) as u64;
         rate = rate.max(u64::from(TURNS) * 2 * 1_000_000_000 / ns);
     }
-    if rate < FAST {
-        return Err(format!("it interprets kernel code, at {:.1} million instructions a second", rate as f64 / 1e6));
-    }
-    Ok("it runs kernel code on the processor".into())
+    Ok(rate)
 }
 
 /// Long mode: the first 2 MiB one to one, flat segments, one interrupt gate.
@@ -96,7 +137,8 @@ fn tables(memory: &GuestMemory) -> Result<(), String> {
     said("memory", memory.write(CODE + 0x40, &[0xf4]))
 }
 
-fn run(fd: &mut VcpuFd, memory: &GuestMemory, what: &str, code: &[u8]) -> Result<(), String> {
+/// Runs `code` until its HLT. The inner error is what the guest met, the outer one what KVM did.
+fn run(fd: &mut VcpuFd, memory: &GuestMemory, code: &[u8]) -> Result<Result<(), String>, String> {
     said("memory", memory.write(CODE, code))?;
     let mut sregs = said("KVM_GET_SREGS", fd.get_sregs())?;
     let flat = kvm_segment { limit: !0, present: 1, s: 1, g: 1, ..Default::default() };
@@ -113,19 +155,13 @@ fn run(fd: &mut VcpuFd, memory: &GuestMemory, what: &str, code: &[u8]) -> Result
     let regs = kvm_bindings::kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() };
     said("KVM_SET_REGS", fd.set_regs(&regs))?;
     loop {
-        return match fd.run() {
+        return Ok(match fd.run() {
             Ok(VcpuExit::Hlt) => Ok(()),
             Err(e) if e.errno() == libc::EINTR => continue,
-            other => Err(format!("it cannot run {what} in ring 0 ({})", describe(other))),
-        };
-    }
-}
-
-fn describe(exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> String {
-    match exit {
-        Ok(VcpuExit::InternalError) => "KVM does not know the instruction".into(),
-        Ok(VcpuExit::Shutdown) => "triple fault".into(),
-        Ok(other) => format!("{other:?}"),
-        Err(e) => e.to_string(),
+            Ok(VcpuExit::InternalError) => Err("KVM does not know it".into()),
+            Ok(VcpuExit::Shutdown) => Err("triple fault".into()),
+            Ok(other) => Err(format!("{other:?}")),
+            Err(e) => Err(e.to_string()),
+        });
     }
 }

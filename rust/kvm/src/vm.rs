@@ -1,12 +1,11 @@
 //! Making a virtual machine and its vCPUs.
 
 use std::arch::x86_64::__cpuid_count;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    KVM_X2APIC_API_USE_32BIT_IDS, kvm_cpuid_entry2, kvm_device_attr, kvm_enable_cap, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_cpuid_entry2, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use memory::GuestMemory;
@@ -107,25 +106,5 @@ fn cpuid(machine: &Machine) -> Result<CpuId, EngineError> {
 pub(crate) fn create_vcpu(vm: &VmFd, machine: &Machine) -> Result<VcpuFd, EngineError> {
     let fd = vm.create_vcpu(machine.apic_id.into()).map_err(|e| failed("KVM_CREATE_VCPU", e))?;
     fd.set_cpuid2(&cpuid(machine)?).map_err(|e| failed("KVM_SET_CPUID2", e))?;
-    // The one way to set a guest's TSC that does not guess; asked for now rather than when the machine is to run.
-    set_tsc_offset(&fd, 0)?;
     Ok(fd)
-}
-
-/// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`: the bindings have it for other architectures only.
-const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
-
-/// Guest TSC = host TSC + `offset`. By offset and not by value: values written one after the other drift apart.
-pub(crate) fn set_tsc_offset(fd: &VcpuFd, offset: u64) -> Result<(), EngineError> {
-    let attr = kvm_device_attr {
-        flags: 0,
-        group: KVM_VCPU_TSC_CTRL,
-        attr: KVM_VCPU_TSC_OFFSET.into(),
-        addr: std::ptr::from_ref(&offset) as u64,
-    };
-    // SAFETY: the kernel reads `attr` and the 8 bytes that it points to.
-    if unsafe { libc::ioctl(fd.as_raw_fd(), KVM_SET_DEVICE_ATTR as _, &raw const attr) } == 0 {
-        return Ok(());
-    }
-    Err(failed("cannot set a guest's TSC offset (Linux 5.16 can; use --engine software)", std::io::Error::last_os_error()))
 }

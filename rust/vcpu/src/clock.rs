@@ -198,11 +198,14 @@ impl Clock {
     }
 
     fn catch_up_by(&self, step: impl FnOnce(u64) -> u64) {
-        let mut epoch = self.epoch();
+        self.step(&mut self.epoch(), step);
+    }
+
+    fn step(&self, epoch: &mut Epoch, step: impl FnOnce(u64) -> u64) {
         if epoch.owed == 0 || !self.running.load(Ordering::Acquire) {
             return;
         }
-        let mut now = self.now(&epoch);
+        let mut now = self.now(epoch);
         let step = step(epoch.owed);
         epoch.owed -= step;
         let ticks = scale(step, self.tsc_khz);
@@ -211,8 +214,28 @@ impl Clock {
         now.wall_ns = now.wall_ns.saturating_add(step);
         now.host_wall_ns = now.host_wall_ns.saturating_add(step);
         epoch.state = now;
-        self.start(&mut epoch);
+        self.start(epoch);
         self.behind.store(epoch.owed > 0, Ordering::Relaxed);
+    }
+
+    /// How many ticks the host's own counter is ahead of what a guest whose TSC is `adjust` ahead of this clock has seen, while the
+    /// clock runs at the host's rate.
+    pub fn host_ahead(&self, adjust: u64) -> i64 {
+        adjust.wrapping_add(self.offset.load(Ordering::Relaxed)).wrapping_neg() as i64
+    }
+
+    /// For an engine whose guests read the host's own counter, whatever they are given: from now on the guest's TSC, which is
+    /// `adjust` ahead of this clock, is the host's. Takes in what the clock owes, all of it in one step; besides that time does
+    /// not move. Gives what every deadline moves by. The clock runs, at the host's rate.
+    pub fn follow_host(&self, adjust: u64) -> u64 {
+        let mut epoch = self.epoch();
+        self.step(&mut epoch, |owed| owed);
+        let now = self.now(&epoch);
+        let shift = self.host_ahead(adjust) as u64;
+        epoch.state = ClockState { tsc: now.tsc.wrapping_add(shift), ..now };
+        epoch.started = Instant::now();
+        self.offset.store(adjust.wrapping_neg(), Ordering::Relaxed);
+        shift
     }
 
     /// While stopped: the guest has already seen `boot_ns`, so its time may not go back behind it.
@@ -292,6 +315,40 @@ mod tests {
         assert!(again.state().wall_ns.abs_diff(host_wall_ns()) < 1_000_000_000);
         // Saved before it ever ran: the same.
         assert_eq!(Clock::advancing(half, 0).state(), half);
+    }
+
+    #[test]
+    fn a_clock_that_follows_the_host_keeps_its_time_and_says_how_far_deadlines_move() {
+        let state = ClockState { tsc_khz: 2_000_000, ..saved(HOUR) };
+        for owed in [false, true] {
+            let make = if owed { Clock::advancing } else { Clock::from_state };
+            let clock = make(state, 2_000_000);
+            clock.resume();
+            let before = clock.state();
+            assert!(clock.host_ahead(5) > 0);
+            let shift = clock.follow_host(5);
+            let now = clock.state();
+            assert!(host_ticks().abs_diff(clock.tsc() + 5) < 1_000_000_000);
+            assert_eq!(clock.native_offset(), Some(0u64.wrapping_sub(5)));
+            let moved = now.boot_ns - before.boot_ns;
+            assert!(if owed { moved >= HOUR } else { moved < HOUR / 100 }, "{moved}");
+            // Something due in `moved` nanoseconds is due when the guest's time has moved as much.
+            let due = (before.tsc + scale(moved, 2_000_000)).wrapping_add(shift);
+            assert!(now.tsc.abs_diff(due) < 2_000_000, "{} {due}", now.tsc);
+            assert!(!clock.behind());
+            assert_eq!((clock.host_ahead(5), clock.follow_host(5)), (0, 0));
+            clock.pause();
+            assert!(clock.state().tsc >= now.tsc);
+        }
+    }
+
+    #[test]
+    fn a_clock_knows_that_the_host_is_behind() {
+        let clock = Clock::from_state(ClockState { tsc: host_ticks() + (1 << 60), ..saved(0) }, 2_000_000);
+        clock.resume();
+        assert!((-1 << 60..-1 << 59).contains(&clock.host_ahead(0)));
+        // A TSC_ADJUST that makes up for it.
+        assert!(clock.host_ahead((1u64 << 60).wrapping_neg()) >= 0);
     }
 
     #[test]
