@@ -54,6 +54,8 @@ const NEEDED: &[(&str, &[u8])] = &[
     ("popcnt", &[0xf3, 0x48, 0x0f, 0xb8, 0xc0, 0xf4]),
 ];
 
+const UNKNOWN: &str = "KVM does not know it";
+
 /// Takes a few milliseconds.
 pub fn probe() -> Probe {
     let mut tsc = None;
@@ -95,7 +97,7 @@ fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
     let mut missing = Vec::new();
     for (name, code) in NEEDED {
         if let Err(why) = run(&mut fd, &memory, code)? {
-            missing.push(format!("{name} ({why})"));
+            missing.push(if why == UNKNOWN { name.to_string() } else { format!("{name} ({why})") });
         }
     }
     let rate = rate(&mut fd, &memory)?;
@@ -158,7 +160,7 @@ fn run(fd: &mut VcpuFd, memory: &GuestMemory, code: &[u8]) -> Result<Result<(), 
         return Ok(match fd.run() {
             Ok(VcpuExit::Hlt) => Ok(()),
             Err(e) if e.errno() == libc::EINTR => continue,
-            Ok(VcpuExit::InternalError) => Err("KVM does not know it".into()),
+            Ok(VcpuExit::InternalError) => Err(UNKNOWN.into()),
             Ok(VcpuExit::Shutdown) => Err("triple fault".into()),
             Ok(other) => Err(format!("{other:?}")),
             Err(e) => Err(e.to_string()),

@@ -22,8 +22,7 @@ const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
 
 fn offset_attr(fd: &VcpuFd, request: libc::c_ulong, offset: *mut u64) -> Result<(), std::io::Error> {
-    let attr =
-        kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr: offset as u64 };
+    let attr = kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr: offset as u64 };
     // SAFETY: the kernel reads `attr`, and reads or writes the 8 bytes that it points to, which are the caller's.
     if unsafe { libc::ioctl(fd.as_raw_fd(), request as _, &raw const attr) } == 0 {
         return Ok(());
