@@ -13,8 +13,9 @@ from freezeframe.errors import Incompatible, NotSupported
 from freezeframe.machine import build_for_boot, build_from_snapshot
 from freezeframe.machine import engine as engines
 from freezeframe.testing.guests import tick
+from freezeframe.testing.tiny import MIB, again, configured, serial
 
-from .test_machine import MIB, again, configured, ports, serial
+from .test_machine import ports
 
 pytestmark = [
     pytest.mark.guest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -11,15 +10,11 @@ import time
 import pytest
 
 from freezeframe import _core
-from freezeframe.backends.console import Console
-from freezeframe.config import ConsoleConfig, CpusConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig
 from freezeframe.machine import build_for_boot, build_from_snapshot
 from freezeframe.testing.guests import smp, tick
+from freezeframe.testing.tiny import MIB, again, configured, copy_of, serial
 
 pytestmark = pytest.mark.guest
-
-MIB = 1 << 20
-RAM = 64 * MIB
 
 
 @pytest.fixture(params=["software", "kvm"], autouse=True)
@@ -36,59 +31,16 @@ def need_kvm():
         pytest.skip("/dev/kvm cannot be opened here")
 
 
-def need_interrupts(engine):
-    """For guests that take interrupts in protected mode."""
-    runs, why = _core.kvm_probe() if engine == "kvm" else (True, "")
-    if not runs:
-        pytest.skip(f"this guest returns from interrupts, and /dev/kvm was tried: {why}")
-
-
-def configured(tmp_path, image, cpus=1):
-    kernel = tmp_path / "kernel"
-    kernel.write_bytes(image)
-    return VmConfig(
-        cpus=CpusConfig(boot_vcpus=cpus, max_vcpus=cpus),
-        memory=MemoryConfig(size=RAM),
-        payload=PayloadConfig(kernel=str(kernel)),
-        serial=SerialConfig(mode="Null"),
-        console=ConsoleConfig(mode="Off"),
-    )
-
-
-def serial(machine):
-    return Console(machine.backends.consoles["__serial"].output, machine._parts.devices["__serial"])
-
-
-def copy_of(memory):
-    made = _core.Memory(memory.regions)
-    for base, size in memory.regions:
-        for at in range(base, base + size, MIB):
-            data = memory.read(at, MIB)
-            if data.count(0) != MIB:
-                made.write(at, data)
-    return made
-
-
-def again(machine, **options):
-    """What a snapshot and a restore do, without files."""
-    state, memory = json.loads(json.dumps(machine.save())), copy_of(machine.memory)
-    config = machine.config
-    machine.close()
-    return build_from_snapshot(config, state, memory, capture=MIB, **options)
-
-
 GUESTS = {
     "tick": (lambda: tick(size=0x4_0000), 1),
-    "smp-2": (lambda: smp(2), 2),
-    "smp-4-x2apic-deadline": (lambda: smp(4, x2apic=True, deadline=True), 4),
-    "smp-8": (lambda: smp(8), 8),
+    "smp-2": (lambda: smp(2, iret=False), 2),
+    "smp-4-x2apic-deadline": (lambda: smp(4, x2apic=True, deadline=True, iret=False), 4),
+    "smp-8": (lambda: smp(8, iret=False), 8),
 }
 
 
 @pytest.mark.parametrize("name", GUESTS)
 def test_a_guest_goes_on_through_many_restores(tmp_path, name, engine):
-    if name != "tick":
-        need_interrupts(engine)
     image, cpus = GUESTS[name]
     machine = build_for_boot(configured(tmp_path, image(), cpus), capture=MIB)
     try:
@@ -109,8 +61,7 @@ def test_a_guest_goes_on_through_many_restores(tmp_path, name, engine):
 
 
 def test_a_restored_guest_catches_up_with_the_time_that_passed(tmp_path, engine):
-    need_interrupts(engine)
-    machine = build_for_boot(configured(tmp_path, smp(2), 2), capture=MIB)
+    machine = build_for_boot(configured(tmp_path, smp(2, iret=False), 2), capture=MIB)
     try:
         machine.resume()
         serial(machine).expect("T 3", 60)

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": set(),
     "images": set(),
     "cli": {"client", "api", "control", "images", "backends", "options"},
-    "testing": {"store"},
+    "testing": {"store", "machine", "backends"},
     "__init__": {"machine", "store", "control", "images", "backends", "options"},
 }
 

@@ -1,7 +1,12 @@
 """Tiny guests, assembled when asked for: ELF images with a PVH entry note (type 18) that any VMM can boot as a kernel.
 
 They need GNU `as` and `ld` for x86-64 (Debian: `binutils`; every machine that can link Rust there has them).
-All of them talk on the first serial port (I/O 0x3f8), a line at a time.
+All of them talk on the first serial port (I/O 0x3f8), a line at a time. What begins with `BAD` is a failure, after
+which the guest stands. Those that test something from beginning to end print `READY`, a line for each part, `DONE`, and
+switch the machine off.
+
+They keep to instructions that KVM runs on every host that we know, also where it interprets the kernel's code: there
+protected mode has neither paging nor IRET, while 64-bit mode has both.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-__all__ = ["smp", "tick"]
+__all__ = ["paging", "serial", "smp", "tick", "timers", "virtio"]
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "asm")
 
@@ -66,14 +71,52 @@ def tick(*, base: int = 0x40_0000, size: int = 0x10_0000, spin: int = 0) -> byte
     return _assemble("tick", (("BASE", base), ("SIZE", size), ("SPIN", spin)))
 
 
-def smp(cpus: int = 2, *, x2apic: bool = False, deadline: bool = False, period: int = 1_000_000) -> bytes:
+def smp(
+    cpus: int = 2, *, x2apic: bool = False, deadline: bool = False, period: int = 1_000_000, iret: bool = True
+) -> bytes:
     """A guest that keeps `cpus` (1–64) CPUs and their LAPICs busy: `READY`, `CPUS <n>`, then `T 1`, `T 2`, … for ever.
 
     The first CPU starts the others by INIT and SIPI. Each CPU has a timer interrupt (periodic, or TSC `deadline`) every
     `period` bus clocks or TSC ticks and halts in between; before each line every other CPU must have answered
     an IPI and a timer interrupt must have come. `BAD …` and a halt on memory that changed, a stopped timer or an
     exception.
-    A lost interrupt shows as lines that no longer come. CPU i must have APIC id i.
+    A lost interrupt shows as lines that no longer come. CPU i must have APIC id i. All in 32-bit mode; `iret=False`:
+    interrupts are left by POPF, STI and RET.
     """
-    symbols = (("CPUS", cpus), ("X2APIC", int(x2apic)), ("DEADLINE", int(deadline)), ("PERIOD", period))
+    symbols = (
+        ("CPUS", cpus),
+        ("X2APIC", int(x2apic)),
+        ("DEADLINE", int(deadline)),
+        ("PERIOD", period),
+        ("IRET", int(iret)),
+    )
     return _assemble("smp", symbols)
+
+
+def serial(*, received: int = 3000, x2apic: bool = False) -> bytes:
+    """Registers of the serial port, and input by its level-triggered interrupt.
+
+    After each of two lines `TYPE` it takes `received` bytes and prints `INPUT <checksum>` (FNV-1a, 8 hex digits); after
+    `MASKED` it wants one more.
+    """
+    return _assemble("serial", (("X2APIC", int(x2apic)), ("INPUT", received)))
+
+
+def timers(*, x2apic: bool = False) -> bytes:
+    """The LAPIC's timer: one-shot, divided, periodic, masked, and by TSC deadline."""
+    return _assemble("timers", (("X2APIC", int(x2apic)),))
+
+
+def paging() -> bytes:
+    """Page tables of its own, in 64-bit mode: faults of every cause, remapping, and user code."""
+    return _assemble("paging", (("X2APIC", 0),))
+
+
+def virtio(*, blocks: int = 64, typed: int = 3000, x2apic: bool = False) -> bytes:
+    """A virtio block device of `blocks` × 4 KiB and a virtio console, each with MSI-X interrupts.
+
+    Prints `SECTORS <n>` and `DISK <checksum of what was there>` (FNV-1a, 8 hex digits); writes all of it, doubleword i
+    becoming i × 0x9e3779b1 ^ 0x5bd1e995, and prints `WRITTEN` and `REQUESTS <n>`. Then 16 lines of 511 equal letters,
+    `a` first, on the console; after `TYPE` it takes `typed` bytes from the console and prints `INPUT <n> <checksum>`.
+    """
+    return _assemble("virtio", (("X2APIC", int(x2apic)), ("BLOCKS", blocks), ("INPUT", typed)))

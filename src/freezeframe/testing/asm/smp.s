@@ -1,6 +1,6 @@
 # All CPUs: started by INIT/SIPI, each with its own timer interrupt, answering IPIs, checking its own page of memory.
 # Parameters (--defsym): CPUS, X2APIC (0: registers by MMIO, 1: by MSR), DEADLINE (0: periodic timer, 1: TSC deadline),
-# PERIOD (bus clocks or TSC ticks between timer interrupts).
+# PERIOD (bus clocks or TSC ticks between timer interrupts), IRET (0: interrupts are left without that instruction).
 .include "common.inc"
 
 .equ LAPIC, 0xfee00000
@@ -137,6 +137,26 @@ arm:
     ret
 .endif
 
+# Back from an interrupt's handler that began with PUSHAD.
+.macro leave_interrupt
+.if IRET
+    popad
+    iretd
+.else
+    # EIP, CS and EFLAGS lie behind the eight registers. Interrupts stay off until the one shadow of STI is over.
+    mov eax, [esp + 32]
+    mov edx, [esp + 40]
+    and edx, ~0x200
+    mov [esp + 36], edx
+    mov [esp + 40], eax
+    popad
+    lea esp, [esp + 4]
+    popfd
+    sti
+    ret
+.endif
+.endm
+
 on_timer:
     pushad
     lapic_id
@@ -146,8 +166,7 @@ on_timer:
 .endif
     xor eax, eax
     lapic_put EOI
-    popad
-    iretd
+    leave_interrupt
 
 on_ping:
     pushad
@@ -156,9 +175,11 @@ on_ping:
     mov [answered + eax * 4], edx
     xor eax, eax
     lapic_put EOI
-    popad
+    leave_interrupt
+
 on_spurious:
-    iretd
+    pushad
+    leave_interrupt
 
 # Vector is pushed by the stubs.
 on_exception:
