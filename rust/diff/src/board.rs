@@ -9,8 +9,8 @@ use std::time::Duration;
 use memory::{GuestMemory, RegionLayout};
 use vcpu::ioapic::Ioapic;
 use vcpu::{Bus, Clock, Control, Device, Engine, EngineError, Space, Stop};
-use x86::engine::{EngineConfig, SoftwareEngine};
 use x86::state::{Activity, CS, CodeSize, DS, ES, FS, GS, RBX, SS, Segment};
+use x86::{EngineConfig, SoftwareEngine};
 
 const MEMORY_MAP: u64 = 0x7_0000;
 const INFO: u64 = 0x7_0500;
@@ -194,17 +194,8 @@ impl Board {
 
         let clock = Arc::new(Clock::new(1_000_000, 0));
         let eoi = Some(ioapic.clone() as Arc<dyn vcpu::EoiListener>);
-        let parts = EngineConfig {
-            memory,
-            bus,
-            clock,
-            control: control.clone(),
-            vcpus: config.cpus,
-            phys_bits: 40,
-            eoi,
-            tier: x86::Tier::default(),
-        };
-        let mut engine = SoftwareEngine::new(parts).map_err(|e| e.to_string())?;
+        let parts = EngineConfig { memory, bus, clock, control: control.clone(), vcpus: config.cpus, phys_bits: 40, eoi };
+        let mut engine = SoftwareEngine::new(parts, x86::Tier::default()).map_err(|e| e.to_string())?;
         ioapic.connect(Arc::downgrade(&engine.irq_sink()));
         let core = engine.core(0);
         let flat = |selector, attr| Segment { base: 0, limit: u32::MAX, selector, attr };

@@ -11,7 +11,7 @@ use vcpu::cpuid::Machine;
 use vcpu::msr;
 use vcpu::profile;
 use vcpu::state::{MpState, VcpuState};
-use vcpu::{Bus, Clock, Control, Engine, EngineError, EoiListener, IrqSink, Stop};
+use vcpu::{Bus, Clock, Control, Engine, EngineConfig, EngineError, EoiListener, IrqSink, Stop};
 
 use crate::convert::{self, msr_name};
 use crate::exits::{Outside, serve};
@@ -19,19 +19,6 @@ use crate::failed;
 use crate::sink::Sink;
 use crate::tsc::{self, TscControl};
 use crate::vm;
-
-/// What a KVM engine is made for.
-pub struct EngineConfig {
-    pub memory: Arc<GuestMemory>,
-    pub bus: Arc<Bus>,
-    pub clock: Arc<Clock>,
-    pub control: Arc<Control>,
-    pub vcpus: usize,
-    /// Physical address bits that the guest sees (32–52).
-    pub phys_bits: u8,
-    /// Told of the end of level-triggered interrupts: the I/O APIC.
-    pub eoi: Option<Arc<dyn EoiListener>>,
-}
 
 struct Vcpu {
     fd: VcpuFd,

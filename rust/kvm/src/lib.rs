@@ -15,7 +15,7 @@ mod sink;
 mod tsc;
 mod vm;
 
-pub use engine::{EngineConfig, KvmEngine};
+pub use engine::KvmEngine;
 pub use probe::{Probe, probe};
 pub use tsc::TscControl;
 

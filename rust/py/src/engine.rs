@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
-use vcpu::{EngineError, Stop, VcpuState};
-use x86::engine::{EngineConfig, SoftwareEngine};
+use vcpu::{EngineConfig, EngineError, Stop, VcpuState};
+use x86::SoftwareEngine;
 
 use crate::bus::Bus;
 use crate::clock::Clock;
@@ -55,22 +55,13 @@ impl Engine {
         phys_bits: u8,
         tier: &str,
     ) -> PyResult<Self> {
-        let made = SoftwareEngine::new(EngineConfig {
-            memory: memory.memory.clone(),
-            bus: bus.bus.clone(),
-            clock: clock.clock.clone(),
-            control: control.control.clone(),
-            vcpus,
-            phys_bits,
-            eoi: Some(ioapic.ioapic.clone()),
-            tier: tier.parse().map_err(errors::refused)?,
-        })
-        .map_err(|e| errors::refused(e.message))?;
+        let tier = tier.parse().map_err(errors::refused)?;
+        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
+        let made = SoftwareEngine::new(config, tier).map_err(|e| errors::refused(e.message))?;
         Ok(Self::connected(Box::new(made), ioapic, msi))
     }
 
-    /// The KVM engine, likewise. Reads and verifies all memory of a machine that was restored; raises `NotSupported` where this
-    /// host's KVM cannot be used.
+    /// The KVM engine, likewise. Raises `NotSupported` where this host's KVM cannot be used.
     #[staticmethod]
     #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits))]
     #[allow(clippy::too_many_arguments)]
@@ -85,20 +76,8 @@ impl Engine {
         vcpus: usize,
         phys_bits: u8,
     ) -> PyResult<Self> {
-        let config = kvm::EngineConfig {
-            memory: memory.memory.clone(),
-            bus: bus.bus.clone(),
-            clock: clock.clock.clone(),
-            control: control.control.clone(),
-            vcpus,
-            phys_bits,
-            eoi: Some(ioapic.ioapic.clone()),
-        };
-        let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(|e| match e.code {
-            "host" => errors::raise("NotSupported", &e.message, &[]),
-            "damaged" => errors::raise("Damaged", &e.message, &[]),
-            _ => errors::engine(e),
-        })?;
+        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
+        let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(kvm_refused)?;
         Ok(Self::connected(Box::new(made), ioapic, msi))
     }
 
@@ -143,6 +122,35 @@ impl Engine {
         let refuse = |e: String| errors::raise("Incompatible", &format!("state of vCPU {vcpu}: {e}"), &[]);
         let state: VcpuState = crate::saved::read(state).map_err(refuse)?;
         engine.set_state(vcpu, &state).map_err(|e: EngineError| refuse(e.message))
+    }
+}
+
+/// What both engines are made for.
+fn config(
+    memory: &Memory,
+    bus: &Bus,
+    clock: &Clock,
+    control: &Control,
+    ioapic: &Ioapic,
+    vcpus: usize,
+    phys_bits: u8,
+) -> EngineConfig {
+    EngineConfig {
+        memory: memory.memory.clone(),
+        bus: bus.bus.clone(),
+        clock: clock.clock.clone(),
+        control: control.control.clone(),
+        vcpus,
+        phys_bits,
+        eoi: Some(ioapic.ioapic.clone()),
+    }
+}
+
+fn kvm_refused(error: EngineError) -> PyErr {
+    match error.code {
+        "host" => errors::raise("NotSupported", &error.message, &[]),
+        "damaged" => errors::raise("Damaged", &error.message, &[]),
+        _ => errors::engine(error),
     }
 }
 

@@ -3,8 +3,26 @@
 
 use std::sync::Arc;
 
-use crate::irq::IrqSink;
+use memory::GuestMemory;
+
+use crate::bus::Bus;
+use crate::clock::Clock;
+use crate::control::Control;
+use crate::irq::{EoiListener, IrqSink};
 use crate::state::VcpuState;
+
+/// What an engine is made for, whichever it is.
+pub struct EngineConfig {
+    pub memory: Arc<GuestMemory>,
+    pub bus: Arc<Bus>,
+    pub clock: Arc<Clock>,
+    pub control: Arc<Control>,
+    pub vcpus: usize,
+    /// Physical address bits that the guest sees (32–52).
+    pub phys_bits: u8,
+    /// Told of the end of level-triggered interrupts: the I/O APIC.
+    pub eoi: Option<Arc<dyn EoiListener>>,
+}
 
 /// Why [`Engine::run`] came back. All vCPUs stand at an instruction boundary.
 #[derive(Debug, Clone)]

@@ -17,7 +17,7 @@ pub mod state;
 pub use bus::{Bus, Device, Space};
 pub use clock::{Clock, ClockState};
 pub use control::{Control, Work};
-pub use engine::{Engine, EngineError, Stop};
+pub use engine::{Engine, EngineConfig, EngineError, Stop};
 pub use ioapic::{Ioapic, IoapicState};
 pub use irq::{EoiListener, IrqSink, MsiRelay};
 pub use state::VcpuState;

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memory::GuestMemory;
-use vcpu::{Bus, Clock, Control, Engine, EngineError, EoiListener, IrqSink, Stop, VcpuState};
+use vcpu::{Engine, EngineConfig, EngineError, IrqSink, Stop, VcpuState};
 
 use crate::cache::Cache;
 use crate::core::{Core, Pending, Shared};
@@ -24,21 +23,6 @@ const STEP_AT_LAST: Duration = Duration::from_millis(50);
 const CALM: u8 = 2;
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
-
-/// What a software engine is made for.
-pub struct EngineConfig {
-    pub memory: Arc<GuestMemory>,
-    pub bus: Arc<Bus>,
-    pub clock: Arc<Clock>,
-    pub control: Arc<Control>,
-    pub vcpus: usize,
-    /// Physical address bits that the guest sees (32–52).
-    pub phys_bits: u8,
-    /// Told of the end of level-triggered interrupts: the I/O APIC.
-    pub eoi: Option<Arc<dyn EoiListener>>,
-    /// What runs decoded blocks.
-    pub tier: Tier,
-}
 
 /// Guarantees: outside [`Engine::run`] every vCPU stands at an instruction boundary and nothing runs; the order of turns depends
 /// on the guest, the clock and what other threads post, on nothing else.
@@ -65,8 +49,9 @@ enum Turn {
 
 impl SoftwareEngine {
     /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise.
-    pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
-        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi, tier } = config;
+    /// `tier`: what runs decoded blocks.
+    pub fn new(config: EngineConfig, tier: Tier) -> Result<Self, EngineError> {
+        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi } = config;
         if vcpus == 0 || vcpus > MAX_VCPUS {
             return Err(EngineError::new("host", format!("{vcpus} vCPUs: the software engine runs 1 to {MAX_VCPUS}")));
         }

@@ -29,7 +29,8 @@ pub mod task;
 pub mod tier;
 pub mod tlb;
 
-pub use engine::{EngineConfig, SoftwareEngine};
+pub use engine::SoftwareEngine;
 pub use tier::Tier;
+pub use vcpu::EngineConfig;
 // Both engines show the same CPU: what it is made of belongs to neither.
 pub use vcpu::{cpuid, profile};

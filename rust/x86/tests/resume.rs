@@ -48,16 +48,18 @@ impl Run {
     fn new(contents: &[u8], state: &VcpuState) -> Self {
         let memory = Arc::new(GuestMemory::new(&[RegionLayout { gpa: 0, size: SIZE as u64 }]).unwrap());
         memory.write(0, contents).unwrap();
-        let mut engine = SoftwareEngine::new(EngineConfig {
-            memory: memory.clone(),
-            bus: Arc::new(Bus::default()),
-            clock: clock(1_000_000),
-            control: Arc::new(Control::default()),
-            vcpus: 1,
-            phys_bits: 46,
-            eoi: None,
-            tier: x86::Tier::default(),
-        })
+        let mut engine = SoftwareEngine::new(
+            EngineConfig {
+                memory: memory.clone(),
+                bus: Arc::new(Bus::default()),
+                clock: clock(1_000_000),
+                control: Arc::new(Control::default()),
+                vcpus: 1,
+                phys_bits: 46,
+                eoi: None,
+            },
+            x86::Tier::default(),
+        )
         .unwrap();
         engine.set_state(0, state).unwrap();
         Self { engine, memory }

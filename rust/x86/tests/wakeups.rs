@@ -76,16 +76,18 @@ fn sleeper(vcpus: usize) -> Sleeper {
     bus.insert(Space::Pio, 0x80, 1, interrupts.clone()).unwrap();
     bus.insert(Space::Pio, 0x81, 1, timers.clone()).unwrap();
     let control = Arc::new(Control::default());
-    let mut engine = SoftwareEngine::new(EngineConfig {
-        memory: m.shared.memory.clone(),
-        bus,
-        clock: Arc::new(Clock::from_state(m.shared.clock.state(), 0)),
-        control: control.clone(),
-        vcpus,
-        phys_bits: 46,
-        eoi: None,
-        tier: x86::Tier::default(),
-    })
+    let mut engine = SoftwareEngine::new(
+        EngineConfig {
+            memory: m.shared.memory.clone(),
+            bus,
+            clock: Arc::new(Clock::from_state(m.shared.clock.state(), 0)),
+            control: control.clone(),
+            vcpus,
+            phys_bits: 46,
+            eoi: None,
+        },
+        x86::Tier::default(),
+    )
     .unwrap();
     for (n, state) in states.iter().enumerate() {
         engine.set_state(n, state).unwrap();

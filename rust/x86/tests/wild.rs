@@ -149,16 +149,18 @@ fn engine(contents: &[u8], states: &[VcpuState], ioapic: IoapicState) -> (Softwa
     let ioapic = Arc::new(Ioapic::from_state(ioapic).unwrap());
     let bus = Arc::new(Bus::default());
     bus.insert(Space::Mmio, IOAPIC_BASE, IOAPIC_SIZE, ioapic.clone()).unwrap();
-    let mut engine = SoftwareEngine::new(EngineConfig {
-        memory: memory.clone(),
-        bus,
-        clock: clock(1_000_000),
-        control: Arc::new(Control::default()),
-        vcpus: states.len(),
-        phys_bits: 46,
-        eoi: Some(ioapic.clone()),
-        tier: x86::Tier::default(),
-    })
+    let mut engine = SoftwareEngine::new(
+        EngineConfig {
+            memory: memory.clone(),
+            bus,
+            clock: clock(1_000_000),
+            control: Arc::new(Control::default()),
+            vcpus: states.len(),
+            phys_bits: 46,
+            eoi: Some(ioapic.clone()),
+        },
+        x86::Tier::default(),
+    )
     .unwrap();
     ioapic.connect(Arc::downgrade(&engine.irq_sink()));
     for (n, state) in states.iter().enumerate() {

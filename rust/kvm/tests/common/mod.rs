@@ -6,10 +6,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvm::{EngineConfig, KvmEngine};
+use kvm::KvmEngine;
 use memory::{GuestMemory, RegionLayout};
 use vcpu::state::VcpuState;
-use vcpu::{Bus, Clock, Control, Device, Engine, EngineError, Space, Stop};
+use vcpu::{Bus, Clock, Control, Device, Engine, EngineConfig, EngineError, Space, Stop};
 
 pub const CODE: u64 = 0x8000;
 /// Writing here is recorded; the last port's writes also ask for a pause.
