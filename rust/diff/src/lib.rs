@@ -5,7 +5,6 @@
 //! [`campaign`] drives all of it and counts. A case is a function of (seed, number): both reproduce it anywhere.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
-pub mod board;
 pub mod campaign;
 pub mod case;
 pub mod compare;

@@ -10,7 +10,7 @@ use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::control::Control;
 use crate::errors;
-use crate::irq::{Ioapic, MsiRelay};
+use crate::irq::{IntrLine, Ioapic, MsiRelay};
 use crate::memory::Memory;
 
 /// All vCPUs of a machine. They stand still whenever `run` is not being called.
@@ -113,6 +113,24 @@ impl Engine {
         // By way of JSON's types: what is saved must be lists, where pythonize makes tuples of Rust's arrays.
         let plain = serde_json::to_value(&state).map_err(|e| pyo3::exceptions::PyValueError::new_err(e.to_string()))?;
         Ok(pythonize::pythonize(py, &plain)?)
+    }
+
+    /// Wires a pair of 8259s to the boot CPU: `line` is their output, `acknowledge()` gives the vector. Raises `NotSupported` where the
+    /// engine has no such input.
+    fn connect_pic(&self, control: &Control, line: &IntrLine, acknowledge: Py<PyAny>) -> PyResult<()> {
+        let control = control.control.clone();
+        let answer = move || {
+            Python::attach(|py| {
+                acknowledge.call0(py).and_then(|v| v.extract::<u8>(py)).unwrap_or_else(|e| {
+                    control.request_stop(Stop::Failed(EngineError::new("device", format!("the 8259 failed: {e}"))));
+                    0
+                })
+            })
+        };
+        let mut engine = self.standing()?;
+        engine
+            .connect_pic(line.line.clone(), Box::new(answer))
+            .map_err(|e| errors::raise("NotSupported", &e.message, &[("hint", "ask for the software engine".into())]))
     }
 
     /// Takes a state over; raises `Incompatible`, and then nothing has changed.

@@ -66,6 +66,25 @@ impl IrqLine {
     }
 }
 
+/// The wire from a pair of 8259s to the boot CPU.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct IntrLine {
+    pub line: Arc<vcpu::irq::IntrLine>,
+}
+
+#[pymethods]
+impl IntrLine {
+    #[new]
+    fn new() -> Self {
+        Self { line: Arc::default() }
+    }
+
+    /// Whether the controllers ask for an interrupt.
+    fn set(&self, level: bool) {
+        self.line.set(level);
+    }
+}
+
 /// Where devices send their message-signalled interrupts; an engine connects to it.
 #[pyclass(frozen, module = "freezeframe._core")]
 pub struct MsiRelay {

@@ -36,7 +36,7 @@ mod _core {
     #[pymodule_export]
     use super::http::{http_request, http_response};
     #[pymodule_export]
-    use super::irq::{Ioapic, IrqLine, MsiRelay};
+    use super::irq::{IntrLine, Ioapic, IrqLine, MsiRelay};
     #[pymodule_export]
     use super::json::{JsonSchema, debug_text, json_line};
     #[pymodule_export]

@@ -8,7 +8,7 @@ use memory::GuestMemory;
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::control::Control;
-use crate::irq::{EoiListener, IrqSink};
+use crate::irq::{EoiListener, IntrAcknowledge, IntrLine, IrqSink};
 use crate::state::VcpuState;
 
 /// What an engine is made for, whichever it is.
@@ -64,4 +64,8 @@ pub trait Engine: Send {
     fn set_state(&mut self, vcpu: usize, state: &VcpuState) -> Result<(), EngineError>;
     /// Where devices and the IOAPIC send their interrupts.
     fn irq_sink(&self) -> Arc<dyn IrqSink>;
+    /// Wires a pair of 8259s to the boot CPU. An engine without such an input refuses.
+    fn connect_pic(&mut self, _line: Arc<IntrLine>, _acknowledge: IntrAcknowledge) -> Result<(), EngineError> {
+        Err(EngineError::new("host", format!("the {} engine has no input for an 8259 interrupt controller", self.name())))
+    }
 }

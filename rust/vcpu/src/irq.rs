@@ -1,5 +1,6 @@
 //! Interrupt plumbing shared by the engines.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Where message-signalled interrupts go: an engine's LAPICs. `address` and `data` as a PCI device writes them
@@ -16,6 +17,47 @@ pub trait IrqSink: Send + Sync {
 /// Told by a LAPIC of the end of a level-triggered interrupt (the IOAPIC listens).
 pub trait EoiListener: Send + Sync {
     fn eoi(&self, vector: u8);
+}
+
+/// The wire from a pair of 8259s to the boot CPU's INTR pin (LINT0 of its local APIC), and the acknowledge cycle back.
+pub struct IntrLine {
+    level: AtomicBool,
+    engine: Mutex<Option<IntrEnd>>,
+}
+
+/// The engine's end: told of every change of the level, from any thread.
+pub type IntrEnd = Box<dyn Fn() + Send>;
+/// The controller's end: an acknowledge cycle, which gives the vector.
+pub type IntrAcknowledge = Box<dyn Fn() -> u8 + Send + Sync>;
+
+impl Default for IntrLine {
+    fn default() -> Self {
+        Self { level: AtomicBool::new(false), engine: Mutex::new(None) }
+    }
+}
+
+impl IntrLine {
+    pub fn level(&self) -> bool {
+        self.level.load(Ordering::Acquire)
+    }
+
+    pub fn set(&self, level: bool) {
+        if self.level.swap(level, Ordering::AcqRel) != level {
+            if let Some(end) = &*self.end() {
+                end();
+            }
+        }
+    }
+
+    /// The engine that looks at the level from now on; it is told at once.
+    pub fn connect(&self, end: IntrEnd) {
+        end();
+        *self.end() = Some(end);
+    }
+
+    fn end(&self) -> std::sync::MutexGuard<'_, Option<IntrEnd>> {
+        self.engine.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 enum Stage {

@@ -1,9 +1,10 @@
 //! What joins the LAPICs of a machine: each vCPU's mailbox, and the resolution of destinations (SDM vol. 3, 11.6.2).
 //! Any thread may post; the vCPU's own thread empties its mailbox at an instruction boundary.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use vcpu::irq::{IntrAcknowledge, IntrLine};
 use vcpu::{Control, EoiListener, IrqSink};
 
 /// Delivery modes of ICR, LVT, MSI and I/O APIC.
@@ -19,6 +20,8 @@ pub const SIGNAL_NMI: u32 = 2;
 pub const SIGNAL_INIT: u32 = 4;
 /// With the vector in bits 8–15.
 pub const SIGNAL_SIPI: u32 = 8;
+/// The 8259s' output has changed.
+pub const SIGNAL_INTR: u32 = 16;
 
 /// Interrupts on their way to one vCPU, and the identity that its LAPIC has published.
 #[derive(Default)]
@@ -118,11 +121,12 @@ pub struct Apics {
     boxes: Vec<Mailbox>,
     control: Arc<Control>,
     eoi: Option<Arc<dyn EoiListener>>,
+    pic: OnceLock<(Arc<IntrLine>, IntrAcknowledge)>,
 }
 
 impl Apics {
     pub fn new(vcpus: usize, control: Arc<Control>, eoi: Option<Arc<dyn EoiListener>>) -> Self {
-        Self { boxes: (0..vcpus).map(|_| Mailbox::default()).collect(), control, eoi }
+        Self { boxes: (0..vcpus).map(|_| Mailbox::default()).collect(), control, eoi, pic: OnceLock::new() }
     }
 
     pub fn count(&self) -> usize {
@@ -131,6 +135,31 @@ impl Apics {
 
     pub fn mailbox(&self, vcpu: usize) -> &Mailbox {
         &self.boxes[vcpu]
+    }
+
+    /// The 8259s of the machine, for vCPU 0; `false` when there are some already.
+    pub fn connect_pic(self: &Arc<Self>, line: Arc<IntrLine>, acknowledge: IntrAcknowledge) -> bool {
+        if self.pic.set((line.clone(), acknowledge)).is_err() {
+            return false;
+        }
+        let apics = Arc::downgrade(self);
+        line.connect(Box::new(move || {
+            if let Some(apics) = apics.upgrade() {
+                apics.boxes[0].signals.fetch_or(SIGNAL_INTR, Ordering::Release);
+                apics.control.wake();
+            }
+        }));
+        true
+    }
+
+    /// Level of the 8259s' output.
+    pub fn intr(&self) -> bool {
+        self.pic.get().is_some_and(|(line, _)| line.level())
+    }
+
+    /// The acknowledge cycle: the vector of the 8259s.
+    pub fn acknowledge_intr(&self) -> Option<u8> {
+        self.pic.get().map(|(_, acknowledge)| acknowledge())
     }
 
     /// End of a level-triggered interrupt.
@@ -192,7 +221,7 @@ impl Apics {
                     .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |s| Some(s & !(SIGNAL_SIPI | 0xff00) | SIGNAL_INIT));
             }
             SIPI => mailbox.post_sipi(m.vector),
-            // SMI and ExtINT: there is neither SMM nor an 8259.
+            // SMI: there is no SMM. ExtINT: an 8259 reaches the boot CPU by its own wire only.
             _ => return,
         }
         self.control.wake();

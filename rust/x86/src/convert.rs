@@ -242,6 +242,7 @@ impl Core {
         self.kvmclock = restored.kvmclock;
         self.reinject = restored.reinject;
         self.fault = None;
+        self.lapic.set_intr(self.shared.apics.intr());
         self.lapic.publish(&self.shared.apics);
         self.lapic_moved();
         self.refresh();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vcpu::irq::{IntrAcknowledge, IntrLine};
 use vcpu::{Engine, EngineConfig, EngineError, IrqSink, Stop, VcpuState};
 
 use crate::cache::Cache;
@@ -241,5 +242,12 @@ impl Engine for SoftwareEngine {
 
     fn irq_sink(&self) -> Arc<dyn IrqSink> {
         self.shared.apics.clone()
+    }
+
+    fn connect_pic(&mut self, line: Arc<IntrLine>, acknowledge: IntrAcknowledge) -> Result<(), EngineError> {
+        if self.shared.apics.connect_pic(line, acknowledge) {
+            return Ok(());
+        }
+        Err(EngineError::new("host", "this machine has 8259 interrupt controllers already"))
     }
 }

@@ -1,9 +1,10 @@
 //! Exceptions and interrupts: from "it happened" to the first instruction of the guest's routine
 //! (SDM vol. 3, chapter 6; AMD vol. 2, chapter 8).
 
-use crate::apics::{SIGNAL_INIT, SIGNAL_IRR, SIGNAL_NMI, SIGNAL_SIPI};
+use crate::apics::{SIGNAL_INIT, SIGNAL_INTR, SIGNAL_IRR, SIGNAL_NMI, SIGNAL_SIPI};
 use crate::core::{BP, Core, DB, DE, DF, Exception, GP, NP, OF, PF, Pending, SS as STACK_FAULT, TS};
 use crate::insn::Fault;
+use crate::lapic::EXTINT;
 use crate::segments::{Descriptor, INT16, INT32, TASK_GATE, TRAP16, TRAP32, canonical, null_segment};
 use crate::state::{Activity, CS, CodeSize, DS, ES, FS, GS, RSP, SS, Segment, flags};
 use crate::task::Way;
@@ -159,6 +160,12 @@ impl Core {
             return self.interrupt(2);
         }
         match self.lapic.acknowledge() {
+            Some(EXTINT) => {
+                // The level follows at the next boundary; the 8259s have changed it by now.
+                let vector = self.shared.apics.acknowledge_intr();
+                self.lapic.set_intr(self.shared.apics.intr());
+                vector.map_or(Ok(Delivered::Nothing), |vector| self.interrupt(vector))
+            }
             Some(vector) => self.interrupt(vector),
             None => Ok(Delivered::Nothing),
         }
@@ -188,6 +195,9 @@ impl Core {
             // One being served (masked) and one waiting is all that the CPU remembers, two when none is served.
             let room = if self.cpu.nmi_masked { 1 } else { 2 };
             self.cpu.nmi_pending = mail.nmis.saturating_add(u32::from(self.cpu.nmi_pending)).min(room) as u8;
+        }
+        if mail.signals & SIGNAL_INTR != 0 {
+            self.lapic.set_intr(shared.apics.intr());
         }
         if mail.signals & SIGNAL_IRR != 0 {
             self.lapic.accept_all(&mail.irr, &mail.level);

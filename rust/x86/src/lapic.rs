@@ -15,6 +15,10 @@ const VERSION: u32 = 0x14 | 5 << 16;
 const SVR_ENABLED: u32 = 1 << 8;
 const LVT_MASKED: u32 = 1 << 16;
 
+/// What [`Lapic::acknowledge`] gives for an interrupt whose vector the 8259s know. No LAPIC vector is below 16.
+pub const EXTINT: u8 = 0;
+const MODE_EXTINT: u32 = 7;
+
 pub const LVT_TIMER: usize = 0;
 pub const LVT_THERMAL: usize = 1;
 pub const LVT_PERF: usize = 2;
@@ -96,7 +100,9 @@ pub struct Lapic {
     pub timer_expiry: u64,
     /// IA32_TSC_DEADLINE in guest TSC; 0 = disarmed.
     pub tsc_deadline: u64,
-    /// Highest requested vector that the priority lets through. Derived.
+    /// The 8259s ask for an interrupt (LINT0, or INTR while the LAPIC is disabled). Not saved: it is their output.
+    intr: bool,
+    /// Highest requested vector that the priority lets through, [`EXTINT`] for the 8259s'. Derived.
     deliverable: Option<u8>,
 }
 
@@ -142,6 +148,7 @@ impl Lapic {
             timer_divide: 0,
             timer_expiry: 0,
             tsc_deadline: 0,
+            intr: false,
             deliverable: None,
         };
         lapic.clear_registers();
@@ -165,7 +172,7 @@ impl Lapic {
         self.timer_divide = 0;
         self.timer_expiry = 0;
         self.tsc_deadline = 0;
-        self.deliverable = None;
+        self.update();
     }
 
     /// INIT: everything but the id and IA32_APIC_BASE.
@@ -234,9 +241,26 @@ impl Lapic {
         Ok(())
     }
 
-    /// Recomputes what may be delivered. After every change of IRR, ISR, TPR.
+    /// Recomputes what may be delivered. After every change of IRR, ISR, TPR, LINT0, and of the mode.
     pub fn update(&mut self) {
+        if self.intr && self.takes_extint() {
+            self.deliverable = Some(EXTINT);
+            return;
+        }
         self.deliverable = highest(&self.irr).filter(|&v| u32::from(v) >> 4 > self.ppr() >> 4);
+    }
+
+    /// Whether LINT0 passes on what the 8259s ask for, whatever the priorities (SDM vol. 3, 11.5.1). A disabled LAPIC's pin is the
+    /// processor's INTR.
+    fn takes_extint(&self) -> bool {
+        let lint0 = self.lvt[LVT_LINT0];
+        !self.enabled() || lint0 & LVT_MASKED == 0 && lint0 >> 8 & 7 == MODE_EXTINT
+    }
+
+    /// The 8259s' output.
+    pub fn set_intr(&mut self, level: bool) {
+        self.intr = level;
+        self.update();
     }
 
     /// The vector that would interrupt now.
@@ -279,6 +303,9 @@ impl Lapic {
     /// Moves the deliverable vector from requested to in service.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.deliverable?;
+        if vector == EXTINT {
+            return Some(vector);
+        }
         clear(&mut self.irr, vector);
         set(&mut self.isr, vector);
         self.update();
@@ -438,6 +465,7 @@ impl Lapic {
         }
         let mode = self.timer_mode();
         self.lvt[entry] = value;
+        self.update();
         if entry == LVT_TIMER && mode != self.timer_mode() {
             // A change from or to TSC-deadline disarms; one-shot and periodic keep the running count.
             if mode == 2 || self.timer_mode() == 2 {
@@ -542,6 +570,7 @@ impl Lapic {
                     for lvt in &mut self.lvt {
                         *lvt |= LVT_MASKED;
                     }
+                    self.update();
                 }
                 self.publish(out.apics);
             }

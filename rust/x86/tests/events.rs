@@ -3,6 +3,8 @@
 mod common;
 
 use common::*;
+use std::sync::Arc;
+
 use vcpu::IrqSink;
 use x86::core::{DB, DE, GP, NP, PF, Pending, SS as STACK, TS, UD};
 use x86::state::{Activity, CS, DS, FS, SS, Segment, flags};
@@ -376,4 +378,49 @@ fn a_frame_on_a_watched_address_traps_at_once() {
     let (rip, _, causes) = until_halt(&mut m, &mut cache);
     assert_eq!((rip, causes), (0x7100, 1));
     assert_eq!(m.cores[0].breakpoints.hit, 0);
+}
+
+/// The 8259s' interrupt goes through LINT0 in ExtINT mode, or straight in while the LAPIC is disabled; never to another vCPU.
+#[test]
+fn an_8259_reaches_the_boot_cpu() {
+    use std::sync::atomic::{AtomicU8, Ordering};
+    use vcpu::irq::IntrLine;
+    use x86::lapic::{APIC_DEFAULT_BASE, LVT_LINT0};
+
+    let mut m = machine(2);
+    m.long_mode(0, 0);
+    m.gate64(0x31, CODE64, 0x7000, INT64, 0);
+    let (line, asked) = (Arc::new(IntrLine::default()), Arc::new(AtomicU8::new(0)));
+    let (pic, count) = (line.clone(), asked.clone());
+    let acknowledge = move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        pic.set(false);
+        0x31
+    };
+    assert!(m.shared.apics.connect_pic(line.clone(), Box::new(acknowledge)));
+    line.set(true);
+    m.cores[0].cpu.set_rflags(flags::IF);
+    m.cores[0].poll_events().unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 0, "LINT0 is masked");
+    m.cores[0].lapic.lvt[LVT_LINT0] = 0x700;
+    m.cores[0].lapic.update();
+    m.cores[0].cpu.flags &= !flags::IF;
+    m.cores[0].poll_events().unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 0, "interrupts are off");
+    m.cores[0].cpu.activity = Activity::Halted;
+    m.cores[0].cpu.set_rflags(flags::IF);
+    m.cores[0].poll_events().unwrap();
+    assert_eq!((asked.load(Ordering::Relaxed), m.cores[0].cpu.rip), (1, 0x7000));
+    assert_eq!(m.cores[0].lapic.isr, [0; 8], "the LAPIC has nothing to end");
+    m.cores[0].cpu.set_rflags(flags::IF);
+    m.cores[0].poll_events().unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 1, "once");
+    assert!(!m.cores[0].event_pending());
+    // Disabled: its pin is INTR.
+    m.cores[0].lapic.set_base(APIC_DEFAULT_BASE, 46, &m.shared.apics.clone()).unwrap();
+    m.cores[0].cpu.set_rflags(flags::IF);
+    line.set(true);
+    m.cores[0].poll_events().unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+    assert!(!m.shared.apics.mailbox(1).posted());
 }

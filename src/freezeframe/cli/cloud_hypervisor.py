@@ -29,7 +29,7 @@ def main() -> int:
     """Run with the process' arguments; the exit status."""
     from freezeframe.cli.cloud_hypervisor_options import COMMAND, check_groups
 
-    _ensure_standard_descriptors()
+    ensure_standard_descriptors()
     _open_standard_descriptors()
     os.umask(0o077)  # sockets and files that are made here are for their owner
     arguments = sys.argv[1:]
@@ -53,7 +53,7 @@ def main() -> int:
         return 0  # before there was anything to end
 
 
-def _ensure_standard_descriptors() -> None:
+def ensure_standard_descriptors() -> None:
     """Opens /dev/null where a standard descriptor is closed, or else the next file opened (a disk!) would become it."""
     for fd in range(3):
         try:
@@ -94,7 +94,7 @@ class _Process:
             no_shutdown="no-shutdown" in self._values,
         )
         # Signals first: from the moment the socket exists, whatever ends the process also removes it.
-        _catch_signals(vmm)
+        catch_signals(vmm)
         self._listener = self._listen()
         try:
             return self._run(vmm)
@@ -207,7 +207,7 @@ def _act(top: str, action: Any, *arguments: object) -> None:
         raise FreezeframeError(error.texts[-1]).chained(top, *error.texts[:-1]) from error
 
 
-def _catch_signals(vmm: Vmm) -> None:
+def catch_signals(vmm: Vmm) -> None:
     # The C module below `signal`: making enumerations of all signals takes longer than a restore's work.
     signals: Any = __import__("_signal")
 

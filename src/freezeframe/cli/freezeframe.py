@@ -40,13 +40,14 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from freezeframe.cli import image_cmd
+    from freezeframe.cli import image_cmd, run_cmd
 
     parser = argparse.ArgumentParser(prog="freezeframe", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     version = verbs.add_parser("version", help="versions of this program and of what it stands on")
     version.add_argument("--json", action="store_true", help="one JSON document")
     version.set_defaults(run=_version)
+    run_cmd.add_run(verbs.add_parser("run", help="run a machine in the foreground until it ends"))
     image_cmd.add_image(verbs.add_parser("image", help="make guest disks from Debian packages"))
     image_cmd.add_kernel(verbs.add_parser("kernel", help="get Debian's cloud kernel with an initramfs for it"))
     return parser

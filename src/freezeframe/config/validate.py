@@ -74,6 +74,9 @@ def validate(config: VmConfig) -> None:
         raise ConfigRefused("A machine needs at least one vCPU: cpus.boot_vcpus is 0")
     if memory.size == 0 or memory.size % PAGE:
         raise ConfigRefused(f"Memory size must be a multiple of {PAGE} above 0: {memory.size}")
+    devices = config.test_devices or ()
+    if len(set(devices)) != len(devices):
+        raise ConfigRefused("A test device is there twice")
     for disk in config.disks or ():
         if disk.path is None and not disk.vhost_user:
             raise ConfigRefused(f"Disk {disk.id or ''} has no path".replace("  ", " "))

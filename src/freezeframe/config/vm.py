@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     ImageType = Literal["FixedVhd", "Qcow2", "Raw", "Vhdx", "Unknown"]
     LockGranularity = Literal["ByteRange", "Full"]
     VhostMode = Literal["Client", "Server"]
+    TestDevice = Literal["Testdev", "DebugExit", "FwCfg", "PicPit"]
     ConsoleMode = Literal["Off", "Pty", "Tty", "File", "Socket", "Null"]
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 512 * MIB
 DEFAULT_MAX_PHYS_BITS = 46
 DEFAULT_RNG_SOURCE = "/dev/urandom"
+
+# pc-testdev; isa-debug-exit; QEMU's firmware configuration; the 8259s and the 8254.
+TEST_DEVICES = ("Testdev", "DebugExit", "FwCfg", "PicPit")
 
 Record.VARIANTS = {
     "CoreScheduling": ("Vm", "Vcpu", "Off"),
@@ -33,6 +37,7 @@ Record.VARIANTS = {
     "ImageType": ("FixedVhd", "Qcow2", "Raw", "Vhdx", "Unknown"),
     "LockGranularity": ("ByteRange", "Full"),
     "VhostMode": ("Client", "Server"),
+    "TestDevice": TEST_DEVICES,
     "ConsoleMode": ("Off", "Pty", "Tty", "File", "Socket", "Null"),
     "MemoryRestoreMode": ("Copy", "OnDemand"),
     "RestoreClock": ("Advance", "Freeze"),
@@ -294,12 +299,17 @@ class NumaConfig(Record):
 
 
 class PayloadConfig(Record):
+    """`multiboot` is ours: the kernel is a multiboot 1 image, `initramfs` its module."""
+
+    QUIET: ClassVar = frozenset({"multiboot"})
+
     firmware: str | None = None
     kernel: str | None = None
     cmdline: str | None = None
     initramfs: str | None = None
     igvm: str | None = None
     host_data: str | None = None
+    multiboot: bool = False
 
 
 class TpmConfig(Record):
@@ -342,6 +352,8 @@ class VmConfig(Record):
     tpm: TpmConfig | None = None
     landlock_enable: bool = False
     landlock_rules: tuple[LandlockConfig, ...] | None = None
+    # Ours: what a PC has for programs that test it.
+    test_devices: tuple[TestDevice, ...] | None = None
 
     @property
     def memory_actual_size(self) -> int:

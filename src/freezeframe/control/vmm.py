@@ -43,12 +43,14 @@ class Vmm:
         events: EventMonitor | None = None,
         log: Log | None = None,
         no_shutdown: bool = False,
+        no_reboot: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
         self._backend = backend
         self._events = events
         self._log = log
         self._no_shutdown = no_shutdown
+        self._no_reboot = no_reboot
         self._report = report or _to_stderr
         self._lock = RLock()
         self._notices: SimpleQueue[Callable[[], int | None]] = SimpleQueue()
@@ -343,9 +345,14 @@ class Vmm:
                 return None
             self.delete()
             self.emit("vmm", "shutdown")
-            return 0
+            return reason.status or 0
 
     def _reset(self) -> int | None:
+        if self._no_reboot:
+            self._report("The guest asked for a reset (or its first exception handler failed): the machine ends")
+            self.delete()
+            self.emit("vmm", "shutdown")
+            return 0
         try:
             self.reboot()
         except ActionFailed as error:

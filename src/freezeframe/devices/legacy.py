@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from freezeframe._core import Clock
+    from freezeframe.devices.pit import Pit
 
 
 class I8042:
@@ -29,17 +30,26 @@ class I8042:
     def __init__(self, state: Mapping[str, Any], reset: Callable[[], None]) -> None:
         saved.fields(self.ID, state, {})
         self._reset = reset
+        self._timer: Pit | None = None
+
+    def use_timer(self, timer: Pit) -> None:
+        """A machine with a PIT has its gate and output in port B."""
+        self._timer = timer
 
     def state(self) -> dict[str, Any]:
-        """Nothing to remember: all it reads is constant."""
+        """Nothing to remember: all it reads is constant, or the PIT's."""
         return {}
 
     def read(self, offset: int, size: int) -> int:
+        if self._timer is not None and offset == self.PORT_B and size == 1:
+            return self._timer.read_port_b()
         return self.PORT_B_VALUE if offset == self.PORT_B and size == 1 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         if size == 1 and offset == self.COMMAND and value == self.PULSE_RESET:
             self._reset()
+        elif size == 1 and offset == self.PORT_B and self._timer is not None:
+            self._timer.write_port_b(value)
 
 
 class DebugPort:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from freezeframe import _core
 from freezeframe.devices import saved
 from freezeframe.errors import Incompatible, Refused
+from freezeframe.machine import board, tsc
 from freezeframe.machine import engine as engines
-from freezeframe.machine import tsc
 from freezeframe.machine.backends import Backends
 from freezeframe.machine.disk_check import check as check_disks
 from freezeframe.machine.live import Machine
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from freezeframe.config import VmConfig
+    from freezeframe.config import PayloadConfig, VmConfig
     from freezeframe.machine.engine import EngineReport
+    from freezeframe.startup.entry import Entry
 
 VCPUS_MAX = 254
 CLOCK_FIELDS = ("tsc_khz", "tsc", "boot_ns", "wall_ns", "host_wall_ns")
@@ -38,18 +39,17 @@ def build_for_boot(
     machine is to begin anew; disks and consoles are not opened again then, and stay open when this raises. What is
     opened here is closed when it raises.
     """
-    from freezeframe.startup import acpi, entry, loader
+    from freezeframe.startup import entry
 
     report = engines.choose(engine)
     config = config.with_device_ids()
     _check(config)
     payload = config.payload
-    if payload is None or payload.kernel is None:
+    if payload is None:
         raise Refused("no kernel is given", hint="give one with --kernel")
     map_ = layout.address_map(config.memory.size, config.cpus.max_phys_bits)
     memory = _core.Memory(map_.regions)
-    platform = acpi.Platform(map_, tuple(range(config.cpus.boot_vcpus)), serial=config.serial.mode != "Off")
-    start = loader.load(memory, payload.kernel, payload.initramfs, payload.cmdline or "", platform)
+    start = _load(config, payload, memory, map_)
     host_khz = tsc.host_khz()
     clock = _core.Clock(host_khz or tsc.FALLBACK_KHZ, host_khz)
 
@@ -57,6 +57,8 @@ def build_for_boot(
         if number == 0:
             state = engine.state(0)
             entry.apply(state, start)
+            if "PicPit" in (config.test_devices or ()):
+                entry.wire_pic(state)
             engine.set_state(0, state)
 
     opened = backends or Backends(config, restored=False, capture=capture)
@@ -67,6 +69,25 @@ def build_for_boot(
             opened.close()
         raise
     return Machine(parts, state="created")
+
+
+def _load(config: VmConfig, payload: PayloadConfig, memory: _core.Memory, map_: layout.AddressMap) -> Entry:
+    """Kernel, module and tables into memory; where the boot CPU starts."""
+    kernel = payload.kernel
+    if kernel is None:
+        raise Refused("no kernel is given", hint="give one with --kernel")
+    from freezeframe.startup import acpi
+
+    cmdline = payload.cmdline or ""
+    platform = acpi.Platform(map_, tuple(range(config.cpus.boot_vcpus)), serial=config.serial.mode != "Off")
+    if payload.multiboot:
+        from freezeframe.startup import multiboot
+
+        pc = "PicPit" in (config.test_devices or ())
+        return multiboot.load(memory, kernel, payload.initramfs, cmdline, platform, pc=pc)
+    from freezeframe.startup import loader
+
+    return loader.load(memory, kernel, payload.initramfs, cmdline, platform)
 
 
 def build_from_snapshot(
@@ -129,6 +150,7 @@ def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int],
             if there(parts.config):
                 build(parts, states)
         parts.engine = _make_engine(parts, parts.report)
+        board.connect(parts)
         for number in range(parts.config.cpus.boot_vcpus):
             set_vcpu(parts.engine, number)
     except BaseException:

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 
 class StopReason:
-    """Why a machine stopped by itself: `poweroff`, `reset`, or `failed` with an error."""
+    """Why a machine stopped by itself: `poweroff`, `reset`, or `failed` with an error.
 
-    __slots__ = ("error", "kind")
+    `status`: what the guest said that the process is to end with (isa-debug-exit), if it did.
+    """
 
-    def __init__(self, kind: Kind, error: FreezeframeError | None = None) -> None:
+    __slots__ = ("error", "kind", "status")
+
+    def __init__(self, kind: Kind, error: FreezeframeError | None = None, status: int | None = None) -> None:
         self.kind: Kind = kind
         self.error = error
+        self.status = status
 
     def __repr__(self) -> str:
         return f"<StopReason {self.kind}{f': {self.error}' if self.error else ''}>"
@@ -91,7 +95,7 @@ class Machine:
         self._parts.clock.pause()
         if kind != "paused":
             failure = _failure(code or "", message or "") if kind == "failed" else None
-            self.stopped = StopReason(kind, failure)
+            self.stopped = StopReason(kind, failure, self._parts.exit_status if kind == "poweroff" else None)
             self._state = "shutdown"
             self._parts.backends.pause()
         self._stands.set()

@@ -12,17 +12,31 @@ from freezeframe.backends.entropy import open_entropy
 from freezeframe.devices import cmos, legacy
 from freezeframe.devices.pci import bus as pci_bus
 from freezeframe.devices.pci import virtio as pci_virtio
+from freezeframe.machine import board
 from freezeframe.machine.backends import CONSOLE, SERIAL
 from freezeframe.startup import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+    from typing import Any, Protocol
 
     from freezeframe.config import DiskConfig, VmConfig
+    from freezeframe.devices.pic import Pic
     from freezeframe.machine.backends import Backends
     from freezeframe.machine.engine import EngineReport
+
+    class PortDevice(Protocol):
+        """A device of one range of ports."""
+
+        ID: str
+        BASE: int
+        SIZE: int
+
+        def state(self) -> dict[str, Any]: ...
+        def read(self, offset: int, size: int) -> int: ...
+        def write(self, offset: int, size: int, value: int) -> None: ...
+
 
 RNG = "__rng"
 IOAPIC = "__ioapic"
@@ -65,6 +79,11 @@ class Parts:
         self.ioapic: _core.Ioapic
         self.engine: _core.Engine
         self.pci: pci_bus.PciBus
+        self.keyboard: legacy.I8042
+        # With test devices: the 8259s, their output, and the status that the guest ended the machine with.
+        self.pic: Pic | None = None
+        self.intr: _core.IntrLine | None = None
+        self.exit_status: int | None = None
         self._lines: dict[int, _core.IrqLine] = {}
         self._next_slot = 1
         self._low = self.map.mem32[1]
@@ -76,8 +95,9 @@ class Parts:
         """Lets go of everything: disks stay locked, and RAM allocated, as long as a device is held by anything."""
         self.bus.clear()
         self.backends.use_blocks({})
-        for name in ("engine", "ioapic", "pci", "_ged"):
+        for name in ("engine", "ioapic", "pci", "keyboard", "_ged"):
             self.__dict__.pop(name, None)
+        self.pic = self.intr = None
         for held in (self.devices, self.virtual, self._lines):
             held.clear()
 
@@ -86,6 +106,16 @@ class Parts:
 
     def power_off(self) -> None:
         self.control.request_stop("poweroff")
+
+    def exit(self, status: int) -> None:
+        """The guest ends the machine, and with it a process whose status this is to be."""
+        if self.exit_status is None:
+            self.exit_status = status
+        self.power_off()
+
+    def add_port_device(self, device: PortDevice) -> None:
+        self.bus.add_pio(device.BASE, device.SIZE, device)
+        self.devices[device.ID] = device
 
     def line(self, pin: int) -> _core.IrqLine:
         """The pin as devices share it."""
@@ -185,11 +215,11 @@ def _legacy(parts: Parts, states: States) -> None:
     )
     parts.bus.add_pio(cmos.BASE, cmos.SIZE, clock)
     for device in (keyboard, debug, sleep, timer):
-        parts.bus.add_pio(device.BASE, device.SIZE, device)
-        parts.devices[device.ID] = device
+        parts.add_port_device(device)
     parts.bus.add_mmio(parts.map.ged, events.SIZE, events)
     parts.devices[cmos.ID] = clock
     parts.devices[events.ID] = events
+    parts.keyboard = keyboard
     parts._ged = events  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
@@ -270,6 +300,7 @@ ROWS: tuple[
         _disks,
     ),
     (lambda _: True, lambda _: [RNG, PCI_PREFIX + RNG], _rng),
+    (lambda config: bool(config.test_devices), board.ids, board.build),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from freezeframe.errors import Refused
 from freezeframe.startup import layout
@@ -60,12 +60,33 @@ def _phys32_entry(notes: bytes) -> int | None:
     return None
 
 
+class Complaint(Protocol):
+    """Makes the error that says what is wrong with a file."""
+
+    def __call__(self, why: str, /) -> Refused: ...
+
+
 def parse(file: BootFile) -> ElfImage:
     """Reads an ELF file's headers and notes; raises `Refused` with what is wrong."""
 
     def bad(why: str) -> Refused:
         return Refused(f"kernel {file.path} is not a bzImage or an ELF kernel with a PVH note: {why}")
 
+    loads, notes, _ = read_headers(file, bad)
+    entry = next((found for found in map(_phys32_entry, notes) if found is not None), None)
+    if entry is None:
+        raise bad("an ELF file without the note XEN_ELFNOTE_PHYS32_ENTRY (a kernel needs CONFIG_PVH=y)")
+    lowest = min(load.address for load in loads)
+    end = max(load.address + load.memory for load in loads)
+    if lowest < layout.HIGH_RAM or end > layout.RAM_32_END:
+        raise bad(f"it loads to {lowest:#x}..{end:#x}, outside of 1 MiB..3 GiB")
+    if not any(load.address <= entry < load.address + load.memory for load in loads):
+        raise bad(f"its entry {entry:#x} is outside of what it loads")
+    return ElfImage(loads, entry, end)
+
+
+def read_headers(file: BootFile, bad: Complaint) -> tuple[tuple[Load, ...], list[bytes], int]:
+    """Segments to load (at least one), contents of the notes, and the entry of an ELF file for x86."""
     ident = file.read(0, 16)
     wide = {1: False, 2: True}.get(ident[4])
     if wide is None or ident[5] != 1:
@@ -73,9 +94,9 @@ def parse(file: BootFile) -> ElfImage:
     if file.size < (64 if wide else 52):
         raise bad("an ELF header that is cut short")
     if wide:
-        machine, phoff, phentsize, phnum = struct.unpack("<18xH12xQ14xHH", file.read(0, 58))
+        machine, entry, phoff, phentsize, phnum = struct.unpack("<18xH4xQQ14xHH", file.read(0, 58))
     else:
-        machine, phoff, phentsize, phnum = struct.unpack("<18xH8xI10xHH", file.read(0, 46))
+        machine, entry, phoff, phentsize, phnum = struct.unpack("<18xH4xII10xHH", file.read(0, 46))
     if machine not in (3, 62):
         raise bad(f"an ELF file for machine {machine}, not x86")
     if phnum == 0 or phnum > HEADERS_MAX or phentsize < (56 if wide else 32):
@@ -84,7 +105,7 @@ def parse(file: BootFile) -> ElfImage:
         raise bad("program headers beyond its end")
     table = file.read(phoff, phnum * phentsize)
     loads: list[Load] = []
-    entry: int | None = None
+    notes: list[bytes] = []
     for at in range(0, len(table), phentsize):
         if wide:
             kind, offset, address, size, memory = struct.unpack_from("<I4xQ8xQQQ", table, at)
@@ -95,23 +116,15 @@ def parse(file: BootFile) -> ElfImage:
         if offset + size > file.size:
             raise bad(f"it is cut short: a segment ends at byte {offset + size} of {file.size}")
         if kind == PT_NOTE:
-            if size <= NOTE_MAX and entry is None:
-                entry = _phys32_entry(file.read(offset, size))
+            if size <= NOTE_MAX:
+                notes.append(file.read(offset, size))
         elif memory < size:
             raise bad(f"a segment of {size} bytes that has room for {memory}")
         else:
             loads.append(Load(offset, address, size, memory))
-    if entry is None:
-        raise bad("an ELF file without the note XEN_ELFNOTE_PHYS32_ENTRY (a kernel needs CONFIG_PVH=y)")
     if not loads:
         raise bad("an ELF file with nothing to load")
-    lowest = min(load.address for load in loads)
-    end = max(load.address + load.memory for load in loads)
-    if lowest < layout.HIGH_RAM or end > layout.RAM_32_END:
-        raise bad(f"it loads to {lowest:#x}..{end:#x}, outside of 1 MiB..3 GiB")
-    if not any(load.address <= entry < load.address + load.memory for load in loads):
-        raise bad(f"its entry {entry:#x} is outside of what it loads")
-    return ElfImage(tuple(loads), entry, end)
+    return tuple(loads), notes, entry
 
 
 def load(file: BootFile, image: ElfImage, memory: Memory) -> Entry:

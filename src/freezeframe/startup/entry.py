@@ -20,6 +20,9 @@ CR0_PG = 1 << 31
 CR4_PAE = 1 << 5
 EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
+SVR_ENABLED = 1 << 8
+LVT_EXTINT = 0x700
+LVT_NMI = 0x400
 PRESENT_WRITE = 0b11
 PRESENT_WRITE_LARGE = 0b1000_0011
 
@@ -30,6 +33,7 @@ class Entry:
 
     mode: Literal["protected", "long"]
     rip: int
+    rax: int = 0
     rbx: int = 0
     rsi: int = 0
     rsp: int = 0
@@ -80,11 +84,16 @@ def write_tables(memory: Memory, entry: Entry) -> None:
         memory.write(layout.PAGE_DIRECTORIES, struct.pack("<2048Q", *pages))
 
 
+def wire_pic(state: dict[str, Any]) -> None:
+    """The boot CPU takes the 8259s' interrupts: virtual wire mode, as firmware leaves it (MP specification 3.6.2.1)."""
+    state["lapic"] |= {"svr": SVR_ENABLED | 0xFF, "lvt_lint0": LVT_EXTINT, "lvt_lint1": LVT_NMI}
+
+
 def apply(state: dict[str, Any], entry: Entry) -> None:
     """Turns the reset state of the boot CPU (`VcpuState` as a dict) into the state at `entry`."""
     code, data, task = _segments(entry)
     registers = dict.fromkeys(state["regs"], 0)
-    registers |= {"rip": entry.rip, "rbx": entry.rbx, "rsi": entry.rsi, "rsp": entry.rsp, "rflags": 2}
+    registers |= {"rip": entry.rip, "rax": entry.rax, "rbx": entry.rbx, "rsi": entry.rsi, "rsp": entry.rsp, "rflags": 2}
     state["regs"] = registers
     system = state["sregs"]
     system |= {"cs": code, "ds": data, "es": data, "fs": data, "gs": data, "ss": data, "tr": task}

@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-__all__ = ["paging", "serial", "smp", "tick", "timers", "virtio"]
+__all__ = ["board", "paging", "serial", "smp", "tick", "timers", "virtio"]
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "asm")
 
@@ -120,3 +120,13 @@ def virtio(*, blocks: int = 64, typed: int = 3000, x2apic: bool = False) -> byte
     `a` first, on the console; after `TYPE` it takes `typed` bytes from the console and prints `INPUT <n> <checksum>`.
     """
     return _assemble("virtio", (("X2APIC", int(x2apic)), ("BLOCKS", blocks), ("INPUT", typed)))
+
+
+def board(ticks: int = 5) -> bytes:
+    """A multiboot 1 image for `freezeframe run --multiboot --test-devices`.
+
+    It prints what it was given and what the test devices answer (`FLAGS`, `UPPER`, `CMDLINE`, `MODULE`, `CPUS`, `RAM`,
+    `LATCH`, `WINDOW`, `LINE 11`), then `TICK 1`, `TICK 2`, … at 100 Hz of the PIT through the 8259s, and after `ticks`
+    of them (0: never) writes the digit at the end of its command line to isa-debug-exit.
+    """
+    return _assemble("board", (("TICKS", ticks),))

@@ -24,9 +24,10 @@ class FakeEngine:
 class FakeStop:
     """What a machine hands to `on_stop`."""
 
-    def __init__(self, kind: Kind, error: FreezeframeError | None = None) -> None:
+    def __init__(self, kind: Kind, error: FreezeframeError | None = None, status: int | None = None) -> None:
         self.kind: Kind = kind
         self.error = error
+        self.status = status
 
 
 def _ignore(_reason: object) -> None:
@@ -62,10 +63,10 @@ class FakeMachine:
     def close(self) -> None:
         self.closed = True
 
-    def stop(self, kind: Kind, error: FreezeframeError | None = None) -> None:
+    def stop(self, kind: Kind, error: FreezeframeError | None = None, status: int | None = None) -> None:
         """What the vCPU thread does when the guest, or the engine, ends."""
         self.state = "shutdown"
-        self.on_stop(FakeStop(kind, error))
+        self.on_stop(FakeStop(kind, error, status))
 
     def _maybe_fail(self) -> None:
         if self.fail is not None:

@@ -76,6 +76,22 @@ def test_power_off_ends_the_vmm_with_0():
     assert running.vmm.config is None
 
 
+def test_the_guests_own_status_is_the_vmms():
+    running = Running()
+    booted(running)
+    running.backend.machine.stop("poweroff", status=77)
+    assert running.ended() == 77
+
+
+def test_a_reset_ends_a_vmm_that_does_not_reboot():
+    running = Running(no_reboot=True)
+    booted(running)
+    running.backend.machine.stop("reset")
+    assert running.ended() == 0
+    assert running.backend.machine.closed
+    assert len(running.reports) == 1
+
+
 def test_power_off_with_no_shutdown_keeps_the_vmm_and_the_configuration():
     running = Running(no_shutdown=True)
     booted(running)
@@ -122,7 +138,7 @@ def test_the_end_of_a_machine_that_is_gone_is_nobodys_business(running):
     notify = old.on_stop
     running.vmm.delete()
     booted(running)
-    notify(type("Stop", (), {"kind": "poweroff", "error": None})())
+    notify(type("Stop", (), {"kind": "poweroff", "error": None, "status": None})())
     running.settled()
     assert running.vmm.state == "Running"
 
