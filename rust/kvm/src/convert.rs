@@ -2,22 +2,24 @@
 
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_debugregs,
-    kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xsave,
+    kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 use vcpu::EngineError;
-use vcpu::msr;
-use vcpu::state::{DebugRegs, Events, Fpu, Lapic, MpState, Regs, Segment, Sregs, Table, VcpuState};
+use vcpu::state::{DebugRegs, Events, MpState, Regs, Segment, Sregs, Table, VcpuState};
+use vcpu::{msr, profile};
 
 use crate::failed;
+use crate::fpu::XsaveArea;
+use crate::lapic::{self, Timer, deadline_mode};
 
-type Checked<T> = Result<T, EngineError>;
+pub(crate) type Checked<T> = Result<T, EngineError>;
 
-fn refuse<T>(field: &str, why: impl std::fmt::Display) -> Checked<T> {
+pub(crate) fn refuse<T>(field: &str, why: impl std::fmt::Display) -> Checked<T> {
     Err(EngineError::new("state", format!("{field}: {why}")))
 }
 
-fn set(what: &str, done: Result<(), kvm_ioctls::Error>) -> Checked<()> {
+pub(crate) fn set(what: &str, done: Result<(), kvm_ioctls::Error>) -> Checked<()> {
     done.map_err(|e| EngineError::new("state", format!("{what}: KVM refuses the values: {e}")))
 }
 
@@ -75,155 +77,6 @@ fn load_table(t: &Table) -> kvm_dtable {
     kvm_dtable { base: t.base, limit: t.limit, padding: [0; 3] }
 }
 
-// ---- x87 and SSE: the FXSAVE image at the start of the XSAVE area ----
-
-/// Reads `N` bytes at `at` of an area of 32-bit words.
-fn bytes<const N: usize>(area: &[u32], at: usize) -> [u8; N] {
-    std::array::from_fn(|i| (area[(at + i) / 4] >> ((at + i) % 4 * 8)) as u8)
-}
-
-fn put(area: &mut [u32], at: usize, data: &[u8]) {
-    for (at, &byte) in (at..).zip(data) {
-        let shift = at % 4 * 8;
-        area[at / 4] = area[at / 4] & !(0xff << shift) | u32::from(byte) << shift;
-    }
-}
-
-const XSTATE_BV: usize = 512;
-
-fn save_fpu(xsave: &kvm_xsave) -> Fpu {
-    let a = &xsave.region;
-    let u16_at = |at| u16::from_le_bytes(bytes(a, at));
-    let u64_at = |at| u64::from_le_bytes(bytes(a, at));
-    Fpu {
-        fpr: std::array::from_fn(|i| format!("{:04x}{:016x}", u16_at(32 + 16 * i + 8), u64_at(32 + 16 * i))),
-        fcw: u16_at(0),
-        fsw: u16_at(2),
-        ftwx: bytes::<1>(a, 4)[0],
-        last_opcode: u16_at(6),
-        last_ip: u64_at(8),
-        last_dp: u64_at(16),
-        xmm: std::array::from_fn(|i| format!("{:032x}", u128::from_le_bytes(bytes(a, 160 + 16 * i)))),
-        mxcsr: u32::from_le_bytes(bytes(a, 24)),
-    }
-}
-
-fn hex(field: &str, text: &str, digits: usize) -> Checked<u128> {
-    if text.len() != digits || !text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
-        return refuse(field, format!("expected {digits} lower-case hexadecimal digits"));
-    }
-    u128::from_str_radix(text, 16).or_else(|e| refuse(field, e))
-}
-
-fn load_fpu(f: &Fpu) -> Checked<kvm_xsave> {
-    let mut xsave = kvm_xsave::default();
-    let a = &mut xsave.region;
-    put(a, 0, &f.fcw.to_le_bytes());
-    put(a, 2, &f.fsw.to_le_bytes());
-    put(a, 4, &[f.ftwx]);
-    put(a, 6, &f.last_opcode.to_le_bytes());
-    put(a, 8, &f.last_ip.to_le_bytes());
-    put(a, 16, &f.last_dp.to_le_bytes());
-    put(a, 24, &f.mxcsr.to_le_bytes());
-    for (i, r) in f.fpr.iter().enumerate() {
-        put(a, 32 + 16 * i, &hex(&format!("fpu.fpr[{i}]"), r, 20)?.to_le_bytes()[..10]);
-    }
-    for (i, r) in f.xmm.iter().enumerate() {
-        put(a, 160 + 16 * i, &hex(&format!("fpu.xmm[{i}]"), r, 32)?.to_le_bytes());
-    }
-    // Both components are in the area: without these bits the processor would take their initial values.
-    put(a, XSTATE_BV, &[3]);
-    Ok(xsave)
-}
-
-// ---- LAPIC: the register page ----
-
-const DELIVERY_STATUS: u32 = 1 << 12;
-
-fn apic_get(page: &kvm_lapic_state, at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|i| page.regs[at + i] as u8))
-}
-
-fn apic_put(page: &mut kvm_lapic_state, at: usize, value: u32) {
-    for (at, byte) in (at..).zip(value.to_le_bytes()) {
-        page.regs[at] = byte as _;
-    }
-}
-
-fn deadline_mode(lvt_timer: u32) -> bool {
-    lvt_timer >> 17 & 3 == 2
-}
-
-fn save_lapic(page: &kvm_lapic_state, x2apic: bool) -> Lapic {
-    let r = |at| apic_get(page, at);
-    let words = |at: usize| std::array::from_fn(|i| r(at + 16 * i));
-    let lvt = |at| r(at) & !DELIVERY_STATUS;
-    let timer_initial = r(0x380);
-    Lapic {
-        id: if x2apic { r(0x20) } else { r(0x20) >> 24 },
-        tpr: r(0x80),
-        ldr: r(0xd0),
-        dfr: r(0xe0) | 0x0fff_ffff,
-        svr: r(0xf0),
-        esr: r(0x280),
-        esr_pending: 0,
-        icr: u64::from(r(0x300) & !DELIVERY_STATUS) | u64::from(r(0x310)) << 32,
-        isr: words(0x100),
-        tmr: words(0x180),
-        irr: words(0x200),
-        // KVM has the entry only where machine checks are configured.
-        lvt_cmci: 1 << 16,
-        lvt_timer: lvt(0x320),
-        lvt_thermal: lvt(0x330),
-        lvt_perf: lvt(0x340),
-        lvt_lint0: lvt(0x350),
-        lvt_lint1: lvt(0x360),
-        lvt_error: lvt(0x370),
-        timer_initial,
-        timer_current: if deadline_mode(r(0x320)) { 0 } else { r(0x390).min(timer_initial) },
-        timer_divide: r(0x3e0) & 0xb,
-    }
-}
-
-fn load_lapic(page: &mut kvm_lapic_state, l: &Lapic, x2apic: bool) -> Checked<()> {
-    if !x2apic && l.id > 0xff {
-        return refuse("lapic.id", format!("{:#x} does not fit 8 bits", l.id));
-    }
-    for (name, words) in [("isr", &l.isr), ("irr", &l.irr)] {
-        if words[0] & 0xffff != 0 {
-            return refuse(&format!("lapic.{name}"), "vectors below 16 cannot be");
-        }
-    }
-    let mut put = |at, value| apic_put(page, at, value);
-    put(0x20, if x2apic { l.id } else { l.id << 24 });
-    for (at, value) in [
-        (0x80, l.tpr),
-        (0xd0, l.ldr),
-        (0xe0, l.dfr),
-        (0xf0, l.svr),
-        (0x280, l.esr),
-        (0x300, l.icr as u32),
-        (0x310, (l.icr >> 32) as u32),
-        (0x320, l.lvt_timer),
-        (0x330, l.lvt_thermal),
-        (0x340, l.lvt_perf),
-        (0x350, l.lvt_lint0),
-        (0x360, l.lvt_lint1),
-        (0x370, l.lvt_error),
-        (0x380, l.timer_initial),
-        (0x390, l.timer_current),
-        (0x3e0, l.timer_divide),
-    ] {
-        put(at, value);
-    }
-    for (at, words) in [(0x100, &l.isr), (0x180, &l.tmr), (0x200, &l.irr)] {
-        for (i, &word) in words.iter().enumerate() {
-            put(at + 16 * i, word);
-        }
-    }
-    Ok(())
-}
-
 const X2APIC: u64 = 1 << 10;
 
 // ---- MSRs ----
@@ -236,6 +89,15 @@ fn get_msrs(fd: &VcpuFd) -> Checked<Vec<(u32, u64)>> {
         return Err(failed("KVM_GET_MSRS", format!("MSR {index:#x} cannot be read")));
     }
     Ok(msrs.as_slice().iter().map(|e| (e.index, e.data)).collect())
+}
+
+fn get_msr(fd: &VcpuFd, index: u32) -> Checked<u64> {
+    let mut msrs =
+        Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).map_err(|e| failed("MSRs", format!("{e:?}")))?;
+    match fd.get_msrs(&mut msrs) {
+        Ok(1) => Ok(msrs.as_slice()[0].data),
+        _ => Err(failed("KVM_GET_MSRS", format!("MSR {index:#x} cannot be read"))),
+    }
 }
 
 fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> bool {
@@ -298,7 +160,7 @@ const MP_STATES: [MpState; 5] =
 // ---- all of it ----
 
 /// Reads a vCPU that stands. `tsc`: the machine's clock, before TSC_ADJUST.
-pub(crate) fn capture(fd: &VcpuFd, tsc: u64) -> Checked<VcpuState> {
+pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> Checked<VcpuState> {
     // First, because it may change the LAPIC; the events last, because everything else may add to them.
     let mp = fd.get_mp_state().map_err(|e| failed("KVM_GET_MP_STATE", e))?.mp_state;
     let Some(&mp_state) = MP_STATES.get(mp as usize) else {
@@ -306,18 +168,27 @@ pub(crate) fn capture(fd: &VcpuFd, tsc: u64) -> Checked<VcpuState> {
     };
     let r = fd.get_regs().map_err(|e| failed("KVM_GET_REGS", e))?;
     let s = fd.get_sregs().map_err(|e| failed("KVM_GET_SREGS", e))?;
-    let xsave = fd.get_xsave().map_err(|e| failed("KVM_GET_XSAVE", e))?;
+    let fpu = xsave.get(fd)?;
     let d = fd.get_debug_regs().map_err(|e| failed("KVM_GET_DEBUGREGS", e))?;
-    let apic = fd.get_lapic().map_err(|e| failed("KVM_GET_LAPIC", e))?;
     let read = get_msrs(fd)?;
+    // After the MSRs: the deadline that counts is the one that is read with it.
+    let (lapic, armed) = lapic::capture(fd, s.apic_base & X2APIC != 0, timer, || get_msr(fd, msr::TSC_DEADLINE))?;
     let events = fd.get_vcpu_events().map_err(|e| failed("KVM_GET_VCPU_EVENTS", e))?;
-    let lapic = save_lapic(&apic, s.apic_base & X2APIC != 0);
+    if events.smi.smm != 0 || events.smi.pending != 0 {
+        return refuse("events.smi", "the vCPU is in system management mode, which machines do not have");
+    }
     let adjust = read.iter().find(|m| m.0 == msr::TSC_ADJUST).map_or(0, |m| m.1);
     let deadline = deadline_mode(lapic.lvt_timer);
     let msrs = read.into_iter().map(|(index, value)| {
         let value = match index {
             msr::TSC => tsc.wrapping_add(adjust),
-            msr::TSC_DEADLINE if !deadline => 0,
+            msr::TSC_DEADLINE => {
+                if deadline {
+                    armed
+                } else {
+                    0
+                }
+            }
             // It reads as set on both engines; older kernels do not keep it.
             msr::HWCR => value | 1 << 24,
             _ => value,
@@ -365,7 +236,7 @@ pub(crate) fn capture(fd: &VcpuFd, tsc: u64) -> Checked<VcpuState> {
             efer: s.efer,
             apic_base: s.apic_base,
         },
-        fpu: save_fpu(&xsave),
+        fpu,
         debug_regs: DebugRegs { db: d.db, dr6: d.dr6, dr7: d.dr7 },
         lapic,
         events: save_events(&events, mp_state),
@@ -375,13 +246,29 @@ pub(crate) fn capture(fd: &VcpuFd, tsc: u64) -> Checked<VcpuState> {
     })
 }
 
-/// Gives a vCPU that stands this state. Its CPUID and TSC offset are set. KVM judges most values itself; on error the vCPU's
-/// state is a mixture.
-pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()> {
-    let (r, s, d) = (&state.regs, &state.sregs, &state.debug_regs);
+/// That the state uses no feature that the CPU profile lacks (nested virtualization and Hyper-V's are among these).
+pub(crate) fn check_features(state: &VcpuState) -> Checked<()> {
     if state.xcr0 != 1 {
         return refuse("xcr0", format!("{:#x}: the CPU profile has no XSAVE, so only 0x1 is possible", state.xcr0));
     }
+    for (name, value, allowed) in
+        [("cr4", state.sregs.cr4, profile::CR4_ALLOWED), ("efer", state.sregs.efer, profile::EFER_ALLOWED)]
+    {
+        if value & !allowed != 0 {
+            return refuse(
+                &format!("sregs.{name}"),
+                format!("bits {:#x} switch on features that this CPU profile does not have", value & !allowed),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Gives a vCPU that stands this state. Its CPUID and TSC offset are set. KVM judges most values itself; on error the vCPU's
+/// state is a mixture.
+pub(crate) fn load(fd: &VcpuFd, xsave: XsaveArea, state: &VcpuState, phys_bits: u8) -> Checked<Timer> {
+    let (r, s, d) = (&state.regs, &state.sregs, &state.debug_regs);
+    check_features(state)?;
     for name in state.msrs.keys() {
         if !msr::SAVED.iter().any(|&i| msr_name(i) == *name) {
             return refuse(&format!("msrs.{name}"), "not an MSR of this CPU profile");
@@ -411,7 +298,6 @@ pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()>
         apic_base: s.apic_base,
         interrupt_bitmap: [0; 4],
     };
-    let fpu = load_fpu(&state.fpu)?;
     let events = load_events(&state.events)?;
     let x2apic = s.apic_base & X2APIC != 0;
 
@@ -441,13 +327,10 @@ pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()>
     set("regs", fd.set_regs(&regs))?;
     // Before the LAPIC: it carries the APIC base.
     set("sregs", fd.set_sregs(&sregs))?;
-    // SAFETY: the structure has the size of the area, since the profile has no state beyond it.
-    set("fpu", unsafe { fd.set_xsave(&fpu) })?;
+    xsave.set(fd, &state.fpu)?;
     set("debug_regs", fd.set_debug_regs(&kvm_debugregs { db: d.db, dr6: d.dr6, dr7: d.dr7, ..Default::default() }))?;
     // Before the MSRs: a TSC deadline is dropped, with success reported, while the timer is in another mode.
-    let mut apic = fd.get_lapic().map_err(|e| failed("KVM_GET_LAPIC", e))?;
-    load_lapic(&mut apic, &state.lapic, x2apic)?;
-    set("lapic", fd.set_lapic(&apic))?;
+    let timer = lapic::restore(fd, &state.lapic, x2apic)?;
     for &index in msr::SAVED {
         let value = msr_of(index)?;
         if !msr::storable(index, value, phys_bits) {
@@ -472,5 +355,6 @@ pub(crate) fn load(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()>
     if !set_msr(fd, msr::TSC_DEADLINE, deadline) {
         return refuse("msrs.0x6e0", format!("KVM refuses the value {deadline:#x}"));
     }
-    set("events", fd.set_vcpu_events(&events))
+    set("events", fd.set_vcpu_events(&events))?;
+    Ok(timer)
 }

@@ -1,17 +1,21 @@
 //! The KVM engine: the same machine, state and devices as the software engine, run by the processor.
 //!
-//! [`engine`] one host thread a vCPU, pausing and kicking; [`vm`] making a virtual machine; [`convert`] where KVM's
-//! structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`tsc`] the guest's counter;
+//! [`engine`] all vCPUs of a machine; [`threads`] one host thread each while they run, pausing and kicking; [`vm`] making a
+//! virtual machine; [`cpu`] one vCPU, [`convert`], [`fpu`], [`lapic`] where KVM's structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`tsc`] the guest's counter;
 //! [`probe`] whether this host's KVM can run an operating system.
 
 // Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
 #![allow(clippy::precedence)]
 
-pub mod convert;
-pub mod engine;
+mod convert;
+mod cpu;
+mod engine;
 mod exits;
-pub mod probe;
+mod fpu;
+mod lapic;
+mod probe;
 mod sink;
+mod threads;
 mod tsc;
 mod vm;
 

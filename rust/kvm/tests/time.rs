@@ -5,40 +5,51 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Board, CODE, host_khz, host_tsc, kvm_is_here, pause_after, paused};
-use vcpu::{Clock, ClockState, Engine};
+use common::{Board, CODE, hex, host_khz, host_tsc, kvm_is_here, paused};
+use vcpu::{Clock, ClockState, Engine, Stop};
 
 const TSC: &str = "0x10";
 const TSC_ADJUST: &str = "0x3b";
 const DEADLINE: &str = "0x6e0";
 
-/// Stores the TSC at 0x6000 for ever.
-const READ_TSC: &[u8] = &[
-    0x0f, 0x31, // rdtsc
-    0x66, 0xa3, 0x00, 0x60, // mov [0x6000], eax
-    0x66, 0x89, 0x16, 0x04, 0x60, // mov [0x6004], edx
-    0xeb, 0xf3, // jmp to the start
-];
+/// Stores the TSC at 0x6000 and asks for a stop, again and again.
+/// `1: rdtsc; mov [0x6000], eax; mov [0x6004], edx; out 0xe8, al; jmp 1b`
+fn read_tsc() -> Vec<u8> {
+    hex("0f318904250060000089142504600000 e6e8ebec")
+}
 
-/// Waits for interrupt 0x40, whose handler stores the TSC at 0x6000 and asks for a stop.
-const SLEEP: &[u8] = &[
-    0xfb, // sti
-    0xf4, // hlt
-    0xeb, 0xfd, // jmp to the hlt
-];
-const TICK: &[u8] = &[
-    0x0f, 0x31, // rdtsc
-    0x66, 0xa3, 0x00, 0x60, // mov [0x6000], eax
-    0x66, 0x89, 0x16, 0x04, 0x60, // mov [0x6004], edx
-    0xe6, 0xe8, // out 0xe8, al
-    0xcf, // iret
-];
+/// Waits for interrupts: `sti; 1: hlt; jmp 1b`.
+fn sleep() -> Vec<u8> {
+    hex("fbf4ebfd")
+}
 
-/// The board with [`SLEEP`] and its handler.
+/// `rdtsc; mov [0x6000], eax; mov [0x6004], edx; out 0xe8, al; iretq`
+fn tick() -> Vec<u8> {
+    hex("0f318904250060000089142504600000 e6e848cf")
+}
+
+/// Starts a timer of 200 000 ns with vector 0x51 and waits for interrupts. RBX keeps the LAPIC's address.
+/// `mov rbx, 0xfee00000; mov dword [rbx + 0x320], 0x51; mov dword [rbx + 0x3e0], 0xb; mov dword [rbx + 0x380], 200000;
+/// sti; 1: hlt; jmp 1b`
+fn start_timer() -> Vec<u8> {
+    hex("bb0000e0fec7832003000051000000c7 83e00300000b000000c7838003000040 0d0300fbf4ebfd")
+}
+
+/// Counts at 0x6000 and starts the timer again.
+/// `inc dword [0x6000]; mov dword [rbx + 0xb0], 0; mov dword [rbx + 0x380], 200000; iretq`
+fn link() -> Vec<u8> {
+    hex("ff042500600000c783b0000000000000 00c78380030000400d030048cf")
+}
+
+/// Counts at 0x6000 and asks for a stop: `inc dword [0x6000]; mov dword [rbx + 0xb0], 0; out 0xe8, al; iretq`.
+fn once() -> Vec<u8> {
+    hex("ff042500600000c783b0000000000000 00e6e848cf")
+}
+
+/// The board with [`sleep`] and its handler.
 fn sleeper(clock: Clock) -> Board {
-    let board = Board::with_clock(SLEEP, 1, clock);
-    board.put(0x9000, TICK);
-    board.put(0x40 * 4, &[0x00, 0x90, 0, 0]);
+    let board = Board::with_clock(&sleep(), 1, clock);
+    board.handler(0x40, &tick());
     board
 }
 
@@ -53,11 +64,10 @@ fn the_machines_clock_is_what_the_guest_reads() {
     if !kvm_is_here() {
         return;
     }
-    let board = Board::with_clock(READ_TSC, 1, clock(1000));
+    let board = Board::with_clock(&read_tsc(), 1, clock(1000));
     let mut engine = board.engine();
     let mut last = 0;
     for _ in 0..5 {
-        pause_after(&board.control, Duration::from_millis(20));
         assert!(paused(&engine.run()));
         let (seen, now) = (board.u64_at(0x6000), board.clock.tsc());
         assert!(seen > last && seen <= now && now - seen < host_khz() * 1000, "the guest read {seen}, the clock is {now}");
@@ -72,12 +82,11 @@ fn a_tsc_adjust_is_part_of_what_the_guest_reads() {
         return;
     }
     const ADJUST: u64 = 12_345_678_901;
-    let board = Board::with_clock(READ_TSC, 1, clock(1000));
+    let board = Board::with_clock(&read_tsc(), 1, clock(1000));
     let mut engine = board.engine();
     let mut state = engine.state(0).unwrap();
     state.msrs.insert(TSC_ADJUST.into(), ADJUST);
     engine.set_state(0, &state).unwrap();
-    pause_after(&board.control, Duration::from_millis(20));
     assert!(paused(&engine.run()));
     let (seen, now) = (board.u64_at(0x6000), board.clock.tsc() + ADJUST);
     assert!(seen <= now && now - seen < host_khz() * 1000, "the guest read {seen}, the clock is {now}");
@@ -98,7 +107,7 @@ fn a_deadline_is_as_far_away_as_it_was() {
         state.msrs.insert(DEADLINE.into(), tsc + 60 * khz);
         engine.set_state(0, &state).unwrap();
         // A pause before it is due: it does not come closer while the machine stands.
-        pause_after(&board.control, Duration::from_millis(20));
+        board.control.request_stop(Stop::Paused);
         let started = board.clock.state().boot_ns;
         assert!(paused(&engine.run()));
         assert_eq!(board.u64_at(0x6000), 0, "too early");
@@ -117,12 +126,11 @@ fn a_guest_whose_tsc_would_go_back_is_refused_or_really_goes_on() {
         return;
     }
     let ahead = host_tsc() + host_khz() * 1000 * 3600;
-    let board = Board::with_clock(READ_TSC, 1, clock(ahead));
+    let board = Board::with_clock(&read_tsc(), 1, clock(ahead));
     let mut engine = board.engine();
-    pause_after(&board.control, Duration::from_millis(50));
     match engine.run() {
-        vcpu::Stop::Paused => assert!(board.u64_at(0x6000) > ahead, "the guest's TSC went back"),
-        vcpu::Stop::Failed(e) => {
+        Stop::Paused => assert!(board.u64_at(0x6000) > ahead, "the guest's TSC went back"),
+        Stop::Failed(e) => {
             assert_eq!(e.code, "host");
             assert!(e.message.contains("backwards") && e.message.contains("--engine software"), "{e}");
             assert_eq!(board.u64_at(0x6000), 0);
@@ -137,9 +145,8 @@ fn a_counter_slightly_behind_is_waited_for() {
         return;
     }
     let ahead = host_tsc() + host_khz() * 300;
-    let board = Board::with_clock(READ_TSC, 1, clock(ahead));
+    let board = Board::with_clock(&read_tsc(), 1, clock(ahead));
     let mut engine = board.engine();
-    pause_after(&board.control, Duration::from_millis(600));
     assert!(paused(&engine.run()));
     assert!(board.u64_at(0x6000) > ahead, "the guest's TSC went back");
 }
@@ -149,7 +156,7 @@ fn a_message_to_a_paused_guest_wakes_no_timer() {
     if !kvm_is_here() {
         return;
     }
-    let board = Board::with_clock(&[0xeb, 0xfe], 1, clock(1000));
+    let board = sleeper(clock(1000));
     let mut engine = board.engine();
     let mut state = engine.state(0).unwrap();
     state.lapic.lvt_timer = 2 << 17 | 0x40;
@@ -160,4 +167,81 @@ fn a_message_to_a_paused_guest_wakes_no_timer() {
     assert_eq!(after.lapic.irr, [0, 0, 1 << 17, 0, 0, 0, 0, 0]);
     assert_eq!(after.msrs[DEADLINE], state.msrs[DEADLINE]);
     assert_eq!(after.regs.rip, CODE);
+}
+
+fn chain(handler: &[u8]) -> Board {
+    let board = Board::with_clock(&start_timer(), 1, clock(1000));
+    board.handler(0x51, handler);
+    board
+}
+
+/// Each interrupt starts the next: one that is lost in a pause ends the chain.
+#[test]
+fn no_one_shot_timer_is_lost_in_a_pause() {
+    if !kvm_is_here() {
+        return;
+    }
+    let board = chain(&link());
+    let mut engine = board.engine();
+    for pause in 0..400u64 {
+        let before = board.u64_at(0x6000);
+        // Around the moment when it runs out, a little earlier or later each time.
+        let control = board.control.clone();
+        let asked = std::thread::spawn(move || {
+            let at = std::time::Instant::now();
+            while at.elapsed() < Duration::from_micros(150 + pause * 7 % 300) {
+                std::hint::spin_loop();
+            }
+            control.request_stop(Stop::Paused);
+        });
+        assert!(paused(&engine.run()));
+        asked.join().unwrap();
+        // Moved: what the state does not say is gone.
+        let state = engine.state(0).unwrap();
+        drop(engine);
+        engine = board.try_engine().unwrap();
+        engine.set_state(0, &state).unwrap();
+        assert_eq!(engine.state(0).unwrap(), state);
+        if pause % 16 != 15 {
+            continue;
+        }
+        let control = board.control.clone();
+        let memory = board.memory.clone();
+        let seen = std::thread::spawn(move || {
+            let at = std::time::Instant::now();
+            let mut bytes = [0; 8];
+            while u64::from_le_bytes(bytes) <= before + 1 && at.elapsed() < Duration::from_secs(10) {
+                memory.read(0x6000, &mut bytes).unwrap();
+            }
+            control.request_stop(Stop::Paused);
+        });
+        assert!(paused(&engine.run()));
+        seen.join().unwrap();
+        assert!(board.u64_at(0x6000) > before + 1, "the chain has ended after {pause} pauses: {state:?}");
+    }
+}
+
+#[test]
+fn a_one_shot_timer_that_has_run_out_comes_once() {
+    if !kvm_is_here() {
+        return;
+    }
+    let board = chain(&once());
+    let mut engine = board.engine();
+    assert!(paused(&engine.run()), "asked for by the handler");
+    for _ in 0..20 {
+        let state = engine.state(0).unwrap();
+        assert_eq!((state.lapic.timer_initial, state.lapic.timer_current), (200_000, 0));
+        drop(engine);
+        engine = board.try_engine().unwrap();
+        engine.set_state(0, &state).unwrap();
+        let control = board.control.clone();
+        let asked = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(2));
+            control.request_stop(Stop::Paused);
+        });
+        assert!(paused(&engine.run()));
+        asked.join().unwrap();
+        assert_eq!(board.u64_at(0x6000), 1);
+    }
 }
