@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Refused,
         Torn,
     )
+    from freezeframe.proof import Proof, Replay, prove, replay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,15 +53,20 @@ __all__ = [
     "Machine",
     "NotFound",
     "NotSupported",
+    "Proof",
     "Refused",
+    "Replay",
     "Snapshot",
     "Torn",
     "__version__",
     "boot",
+    "prove",
+    "replay",
     "restore",
 ]
 
 _OF_SESSIONS = {"Console", "Machine", "Snapshot", "boot", "restore"}
+_OF_PROOFS = {"Proof", "Replay", "prove", "replay"}
 
 
 def __getattr__(name: str) -> object:
@@ -68,6 +74,10 @@ def __getattr__(name: str) -> object:
         from freezeframe.control import session
 
         return getattr(session, name)
+    if name in _OF_PROOFS:
+        from freezeframe import proof
+
+        return getattr(proof, name)
     if name in __all__:
         from freezeframe import errors
 

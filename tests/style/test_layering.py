@@ -28,12 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": {"startup", "devices", "bus", "state", "backends"},
     "store": {"state"},
     "control": {"machine", "store", "state", "backends", "options"},
+    "proof": {"machine", "store", "state"},
     "api": {"control"},
     "client": set(),
     "images": set(),
-    "cli": {"client", "api", "control", "images", "backends", "options"},
+    "cli": {"client", "api", "control", "proof", "images", "backends", "options"},
     "testing": {"store", "machine", "backends"},
-    "__init__": {"machine", "store", "control", "images", "backends", "options"},
+    "__init__": {"machine", "store", "control", "proof", "images", "backends", "options"},
 }
 
 

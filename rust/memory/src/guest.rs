@@ -11,6 +11,9 @@ use crate::{MemoryError, PAGE_SIZE, RegionLayout, Source};
 const PAGE_CODE: u8 = 1;
 /// The page was written since tracking began.
 const PAGE_DIRTY: u8 = 2;
+/// The page was written since [`GuestMemory::take_changed`] was called last.
+const PAGE_CHANGED: u8 = 4;
+const PAGE_WRITTEN: u8 = PAGE_DIRTY | PAGE_CHANGED;
 
 /// All RAM of one machine.
 ///
@@ -128,8 +131,8 @@ impl GuestMemory {
             let mut code = false;
             for flags in &region.pages[*pages.start() as usize..=*pages.end() as usize] {
                 let was = flags.load(Ordering::Relaxed);
-                if was & PAGE_DIRTY == 0 {
-                    flags.fetch_or(PAGE_DIRTY, Ordering::Relaxed);
+                if was & PAGE_WRITTEN != PAGE_WRITTEN {
+                    flags.fetch_or(PAGE_WRITTEN, Ordering::Relaxed);
                 }
                 code |= was & PAGE_CODE != 0;
             }
@@ -167,10 +170,27 @@ impl GuestMemory {
     /// The engine is about to hand out write access to this page.
     pub fn mark_dirty(&self, gpa: u64) {
         self.flags(gpa, |f| {
-            if f.load(Ordering::Relaxed) & PAGE_DIRTY == 0 {
-                f.fetch_or(PAGE_DIRTY, Ordering::Relaxed);
+            if f.load(Ordering::Relaxed) & PAGE_WRITTEN != PAGE_WRITTEN {
+                f.fetch_or(PAGE_WRITTEN, Ordering::Relaxed);
             }
         });
+    }
+
+    /// Chunks of region `index`, of `size` bytes, that were written since the last call, ascending. The engine must have taken back what
+    /// write access it hands out (see [`GuestMemory::mark_dirty`]), or later writes are not seen.
+    pub fn take_changed(&self, index: usize, size: u64) -> Vec<u64> {
+        let Some(region) = self.regions.get(index) else { return Vec::new() };
+        let per_chunk = (size / PAGE_SIZE).max(1) as usize;
+        let take = |flags: &AtomicU8| {
+            let changed = flags.load(Ordering::Relaxed) & PAGE_CHANGED != 0;
+            if changed {
+                flags.fetch_and(!PAGE_CHANGED, Ordering::Relaxed);
+            }
+            changed
+        };
+        let chunks = region.pages.chunks(per_chunk).enumerate();
+        // All pages of a chunk are taken, not only the first that changed.
+        chunks.filter(|(_, pages)| pages.iter().filter(|p| take(p)).count() > 0).map(|(n, _)| n as u64).collect()
     }
 
     #[inline]

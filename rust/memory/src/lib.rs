@@ -4,6 +4,7 @@
 //! [`GuestMemory`], because it is the one place that knows which chunks of a lazily restored machine are
 //! still only in the snapshot, which pages hold translated code and which pages were written.
 
+mod contents;
 mod digests;
 mod error;
 mod guest;
@@ -12,6 +13,7 @@ mod present;
 mod region;
 mod source;
 
+pub use contents::Contents;
 pub use digests::{Digest, DigestTable, hash};
 pub use error::MemoryError;
 pub use guest::GuestMemory;

@@ -7,10 +7,16 @@ use vcpu::ClockState;
 
 use crate::errors;
 
-/// Host-driven time of one machine; stands still until `resume`.
+/// Time of one machine, the host's or a count of instructions; stands still until `resume`.
 #[pyclass(frozen, module = "freezeframe._core")]
 pub struct Clock {
     pub clock: Arc<vcpu::Clock>,
+}
+
+impl Clock {
+    fn count(&self) -> PyResult<&vcpu::Count> {
+        self.clock.count().ok_or_else(|| errors::refused("this clock does not count instructions"))
+    }
 }
 
 #[pymethods]
@@ -30,6 +36,27 @@ impl Clock {
         check_rate(state.tsc_khz)?;
         let make = if advance { vcpu::Clock::advancing } else { vcpu::Clock::from_state };
         Ok(Self { clock: Arc::new(make(state, host_khz)) })
+    }
+
+    /// A clock whose time is the instructions that the engine counts, from `state` on.
+    #[staticmethod]
+    fn counted(state: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let state: ClockState =
+            crate::saved::read(state).map_err(|e| errors::raise("Incompatible", &format!("bad clock state: {e}"), &[]))?;
+        check_rate(state.tsc_khz)?;
+        Ok(Self { clock: Arc::new(vcpu::Clock::counted(state)) })
+    }
+
+    /// (instructions of all vCPUs, nanoseconds that they slept), of a counted clock.
+    fn counts(&self) -> PyResult<(u64, u64)> {
+        let count = self.count()?;
+        Ok((count.retired(), count.idle_ns()))
+    }
+
+    /// A counted clock: the engine stops when so many instructions are retired.
+    fn set_limit(&self, instructions: u64) -> PyResult<()> {
+        self.count()?.set_limit(instructions);
+        Ok(())
     }
 
     #[getter]

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use vcpu::{EngineConfig, EngineError, Stop, VcpuState};
 use x86::SoftwareEngine;
 
@@ -16,24 +17,58 @@ use crate::memory::Memory;
 /// All vCPUs of a machine. They stand still whenever `run` is not being called.
 #[pyclass(frozen, module = "freezeframe._core")]
 pub struct Engine {
-    engine: Mutex<Box<dyn vcpu::Engine>>,
+    engine: Mutex<Either>,
+}
+
+/// The engine's own type, for what only one of them can do.
+enum Either {
+    Software(Box<SoftwareEngine>),
+    Kvm(Box<kvm::KvmEngine>),
+}
+
+impl Either {
+    fn any(&mut self) -> &mut dyn vcpu::Engine {
+        match self {
+            Self::Software(engine) => engine.as_mut(),
+            Self::Kvm(engine) => engine.as_mut(),
+        }
+    }
+
+    fn software(&mut self) -> PyResult<&mut SoftwareEngine> {
+        match self {
+            Self::Software(engine) => Ok(engine),
+            Self::Kvm(_) => Err(errors::raise("NotSupported", "only the software engine can do this", &[])),
+        }
+    }
 }
 
 impl Engine {
-    fn connected(engine: Box<dyn vcpu::Engine>, ioapic: &Ioapic, msi: &MsiRelay) -> Self {
-        let sink = engine.irq_sink();
+    fn connected(mut engine: Either, ioapic: &Ioapic, msi: &MsiRelay) -> Self {
+        let sink = engine.any().irq_sink();
         ioapic.ioapic.connect(Arc::downgrade(&sink));
         msi.relay.connect(sink);
         Self { engine: Mutex::new(engine) }
     }
 
     /// The engine, unless it runs on another thread.
-    fn standing(&self) -> PyResult<MutexGuard<'_, Box<dyn vcpu::Engine>>> {
+    fn standing(&self) -> PyResult<MutexGuard<'_, Either>> {
         match self.engine.try_lock() {
             Ok(engine) => Ok(engine),
             Err(TryLockError::Poisoned(e)) => Ok(e.into_inner()),
             Err(TryLockError::WouldBlock) => Err(errors::raise("InvalidState", "the vCPUs are running", &[])),
         }
+    }
+
+    /// What memory holds, followed from now on; the vCPUs must stand.
+    pub fn contents(&self, memory: &memory::GuestMemory) -> PyResult<memory::Contents> {
+        self.standing()?.software()?.take_back_write_access();
+        memory::Contents::new(memory).map_err(errors::memory)
+    }
+
+    /// Brings `contents` up to date.
+    pub fn follow(&self, memory: &memory::GuestMemory, contents: &mut memory::Contents) -> PyResult<()> {
+        self.standing()?.software()?.take_back_write_access();
+        contents.update(memory).map_err(errors::memory)
     }
 }
 
@@ -58,7 +93,7 @@ impl Engine {
         let tier = tier.parse().map_err(errors::refused)?;
         let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
         let made = SoftwareEngine::new(config, tier).map_err(|e| errors::refused(e.message))?;
-        Ok(Self::connected(Box::new(made), ioapic, msi))
+        Ok(Self::connected(Either::Software(Box::new(made)), ioapic, msi))
     }
 
     /// The KVM engine, likewise. Raises `NotSupported` where this host's KVM cannot be used.
@@ -78,25 +113,25 @@ impl Engine {
     ) -> PyResult<Self> {
         let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
         let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(kvm_refused)?;
-        Ok(Self::connected(Box::new(made), ioapic, msi))
+        Ok(Self::connected(Either::Kvm(Box::new(made)), ioapic, msi))
     }
 
     /// `software` or `kvm`.
     #[getter]
     fn name(&self) -> PyResult<&'static str> {
-        Ok(self.standing()?.name())
+        Ok(self.standing()?.any().name())
     }
 
     #[getter]
     fn vcpus(&self) -> PyResult<usize> {
-        Ok(self.standing()?.vcpus())
+        Ok(self.standing()?.any().vcpus())
     }
 
     /// Runs until something asks for a stop. Gives (`paused`, `poweroff`, `reset` or `failed`, code, message); the last two only
     /// for `failed`. Releases the GIL; devices in Python take it.
     fn run(&self, py: Python<'_>) -> PyResult<(&'static str, Option<&'static str>, Option<String>)> {
         let mut guard = self.standing()?;
-        let engine: &mut dyn vcpu::Engine = guard.as_mut();
+        let engine: &mut dyn vcpu::Engine = guard.any();
         Ok(match py.detach(|| engine.run()) {
             Stop::Paused => ("paused", None, None),
             Stop::PowerOff => ("poweroff", None, None),
@@ -107,7 +142,8 @@ impl Engine {
 
     /// Complete state of one vCPU (`VcpuState`, rust/vcpu/src/state.rs), without side effects.
     fn state<'py>(&self, py: Python<'py>, vcpu: usize) -> PyResult<Bound<'py, PyAny>> {
-        let mut engine = self.standing()?;
+        let mut guard = self.standing()?;
+        let engine = guard.any();
         check(vcpu, engine.vcpus())?;
         let state = engine.state(vcpu).map_err(errors::engine)?;
         // By way of JSON's types: what is saved must be lists, where pythonize makes tuples of Rust's arrays.
@@ -127,15 +163,33 @@ impl Engine {
                 })
             })
         };
-        let mut engine = self.standing()?;
-        engine
+        let mut guard = self.standing()?;
+        guard
+            .any()
             .connect_pic(line.line.clone(), Box::new(answer))
             .map_err(|e| errors::raise("NotSupported", &e.message, &[("hint", "ask for the software engine".into())]))
     }
 
+    /// The software engine: whose turn it is, and how many instructions each vCPU has executed since the engine was made.
+    fn turn(&self) -> PyResult<(usize, Vec<u64>)> {
+        let mut guard = self.standing()?;
+        let engine = guard.software()?;
+        Ok((engine.whose_turn(), (0..vcpu::Engine::vcpus(engine)).map(|n| engine.instructions(n)).collect()))
+    }
+
+    /// The software engine: (address, bytes, text) of what a vCPU executes next, up to a branch or the end of the page.
+    fn listing<'py>(&self, py: Python<'py>, vcpu: usize) -> PyResult<Vec<(u64, Bound<'py, PyBytes>, String)>> {
+        let mut guard = self.standing()?;
+        let engine = guard.software()?;
+        check(vcpu, vcpu::Engine::vcpus(engine))?;
+        let lines = engine.core(vcpu).listing();
+        Ok(lines.into_iter().map(|l| (l.rip, PyBytes::new(py, &l.bytes), l.text)).collect())
+    }
+
     /// Takes a state over; raises `Incompatible`, and then nothing has changed.
     fn set_state(&self, vcpu: usize, state: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut engine = self.standing()?;
+        let mut guard = self.standing()?;
+        let engine = guard.any();
         check(vcpu, engine.vcpus())?;
         let refuse = |e: String| errors::raise("Incompatible", &format!("state of vCPU {vcpu}: {e}"), &[]);
         let state: VcpuState = crate::saved::read(state).map_err(refuse)?;

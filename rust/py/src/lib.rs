@@ -40,7 +40,7 @@ mod _core {
     #[pymodule_export]
     use super::json::{JsonSchema, debug_text, json_line};
     #[pymodule_export]
-    use super::memory::Memory;
+    use super::memory::{Memory, MemoryContents};
     #[pymodule_export]
     use super::store::{blake3, restore_memory, write_region};
     #[pymodule_export]

@@ -1,12 +1,13 @@
 //! `Memory`: guest RAM.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use memory::{GuestMemory, RegionLayout};
+use memory::{Contents, GuestMemory, RegionLayout};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::engine::Engine;
 use crate::errors;
 
 /// All RAM of one machine, addressed by guest physical address.
@@ -54,5 +55,48 @@ impl Memory {
     fn write(&self, py: Python<'_>, gpa: u64, data: PyBuffer<u8>) -> PyResult<()> {
         let bytes = data.to_vec(py)?;
         py.detach(|| self.memory.write(gpa, &bytes)).map_err(errors::memory)
+    }
+}
+
+/// BLAKE3 of each chunk of a machine's RAM, following what its vCPUs and devices write. The software engine's.
+#[pyclass(frozen, module = "freezeframe._core")]
+pub struct MemoryContents {
+    memory: Arc<GuestMemory>,
+    contents: Mutex<Contents>,
+}
+
+impl MemoryContents {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+#[pymethods]
+impl MemoryContents {
+    /// The vCPUs must stand. One of these at a time for a machine.
+    #[new]
+    fn new(py: Python<'_>, memory: &Memory, engine: &Engine) -> PyResult<Self> {
+        let memory = memory.memory.clone();
+        let contents = py.detach(|| engine.contents(&memory))?;
+        Ok(Self { memory, contents: Mutex::new(contents) })
+    }
+
+    /// Follows what was written since; one digest of everything, 32 bytes. The vCPUs must stand.
+    fn update<'py>(&self, py: Python<'py>, engine: &Engine) -> PyResult<Bound<'py, PyBytes>> {
+        let root = py.detach(|| {
+            let mut contents = self.lock();
+            engine.follow(&self.memory, &mut contents).map(|()| contents.root())
+        })?;
+        Ok(PyBytes::new(py, &root))
+    }
+
+    /// Where two memories of one shape differ, as of their last `update`: (guest address, bytes) of at most `most` chunks.
+    fn differences(&self, other: &MemoryContents, most: usize) -> Vec<(u64, u64)> {
+        let found = self.lock().differences(&other.lock(), most);
+        let layouts: Vec<_> = self.memory.regions().iter().map(|r| r.layout()).collect();
+        let at = |(region, offset, len): (usize, u64, u64)| {
+            layouts.get(region).map(|l| (l.gpa + offset, len.min(l.size.saturating_sub(offset))))
+        };
+        found.into_iter().filter_map(at).collect()
     }
 }

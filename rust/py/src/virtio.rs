@@ -9,11 +9,12 @@ use ::virtio::blk::{Blk, BlkConfig, BlkState};
 use ::virtio::console::{Console, ConsolePort, ConsoleState};
 use ::virtio::disk::Disk;
 use ::virtio::irq::IrqLine as Line;
-use ::virtio::rng::{FileEntropy, Rng};
+use ::virtio::rng::{Entropy, FileEntropy, Rng, SeededEntropy};
 use ::virtio::state::VirtioState;
 use ::virtio::{Transport, VirtioDevice};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vcpu::{Device, Work};
@@ -206,9 +207,10 @@ impl VirtioBlk {
 
 #[pymethods]
 impl VirtioBlk {
-    /// `fd`: duplicated, the lock on it stays. `serial`: at most 20 bytes. `sparse`: offer DISCARD and WRITE_ZEROES.
+    /// `fd`: duplicated, the lock on it stays. `serial`: at most 20 bytes. `sparse`: offer DISCARD and WRITE_ZEROES. `overlay`: an empty
+    /// file for all changes: `fd` is only read then, nothing is synced, and all work is done where it is asked for.
     #[new]
-    #[pyo3(signature = (id, memory, msi, control, fd, *, readonly, queues=1, queue_size=128, serial="", sparse=true, state=None))]
+    #[pyo3(signature = (id, memory, msi, control, fd, *, readonly, queues=1, queue_size=128, serial="", sparse=true, overlay=None, state=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         id: &str,
@@ -221,6 +223,7 @@ impl VirtioBlk {
         queue_size: u16,
         serial: &str,
         sparse: bool,
+        overlay: Option<i32>,
         state: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyClassInitializer<Self>> {
         let parts = Parts { id, memory, msi, control };
@@ -232,12 +235,17 @@ impl VirtioBlk {
         }
         let config = BlkConfig { queues, queue_size: self::queue_size(queue_size)?, serial: serial.to_owned(), sparse };
         let saved = parts.saved::<BlkState>(state)?;
-        let file = |fd: BorrowedFd<'_>| Disk::new(File::from(fd.try_clone_to_owned()?), readonly);
-        let disk = with_fd(fd, id, file)?;
+        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+        let image = with_fd(fd, id, own)?;
+        let disk = match overlay {
+            Some(scratch) => Disk::with_overlay(image, with_fd(scratch, id, own)?, readonly),
+            None => Disk::new(image, readonly),
+        }
+        .map_err(|e| errors::io_failed(id, &e))?;
         let blk =
             Blk::from_state(disk, &config, saved.as_ref().map(|s| &s.device)).map_err(|e| bad_state(id, e.inside("device")))?;
         let transport = parts.transport(blk, saved.map(|s| s.virtio))?;
-        if !readonly {
+        if !readonly && overlay.is_none() {
             let completed: Arc<dyn Work> = Arc::new(Completed(Arc::downgrade(&transport)));
             let control = control.control.clone();
             let started = transport.device(|b| b.flush_elsewhere(Box::new(move || control.post(completed.clone()))));
@@ -271,6 +279,12 @@ impl VirtioBlk {
     /// The next write will have another time stamp than the image has at this moment.
     fn arm_write_barrier(&self, py: Python<'_>) {
         self.disk(py, |b| b.disk.arm_write_barrier());
+    }
+
+    /// Digest of all changes in their order, of a disk with an overlay.
+    fn trail<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let trail = self.disk(py, |b| b.disk.trail());
+        PyBytes::new(py, &trail)
     }
 
     /// CH's names; bytes, operations, and latencies in microseconds.
@@ -366,22 +380,28 @@ pub struct VirtioRng {
 
 #[pymethods]
 impl VirtioRng {
-    /// `fd`: the source, duplicated.
+    /// `fd`: the source, duplicated; with a `seed` all bytes follow from it, and there is none.
     #[new]
-    #[pyo3(signature = (id, memory, msi, control, fd, *, queue_size=256, state=None))]
+    #[pyo3(signature = (id, memory, msi, control, fd, *, seed=None, queue_size=256, state=None))]
+    #[allow(clippy::too_many_arguments)]
     fn new(
         id: &str,
         memory: &Memory,
         msi: &MsiRelay,
         control: &Control,
-        fd: i32,
+        fd: Option<i32>,
+        seed: Option<u64>,
         queue_size: u16,
         state: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyClassInitializer<Self>> {
         let parts = Parts { id, memory, msi, control };
         let saved = parts.saved::<Nothing>(state)?;
-        let file = with_fd(fd, id, |fd| Ok(File::from(fd.try_clone_to_owned()?)))?;
-        let rng = Rng::new(Box::new(FileEntropy(file)), self::queue_size(queue_size)?);
+        let source: Box<dyn Entropy> = match (fd, seed) {
+            (Some(fd), None) => Box::new(FileEntropy(with_fd(fd, id, |fd| Ok(File::from(fd.try_clone_to_owned()?)))?)),
+            (None, Some(seed)) => Box::new(SeededEntropy::new(seed)),
+            _ => return Err(errors::refused("a virtio-rng has a file or a seed")),
+        };
+        let rng = Rng::new(source, self::queue_size(queue_size)?);
         let transport = parts.transport(rng, saved.map(|s| s.virtio))?;
         Ok(initializer(&transport).add_subclass(Self { transport }))
     }

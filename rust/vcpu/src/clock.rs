@@ -6,6 +6,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::count::Count;
+
 /// What is saved of a clock. Times in nanoseconds, frequency in kHz.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,7 +40,7 @@ const STEP_MIN_NS: u64 = 50_000_000;
 /// hit the tasks in turn and even out.
 const STEP_PART: u64 = 32;
 
-/// Host-driven clock: runs with the host's monotonic time between `resume` and `pause`.
+/// Runs with the host's monotonic time between `resume` and `pause`, or with the instructions that an engine counts.
 pub struct Clock {
     tsc_khz: u64,
     running: AtomicBool,
@@ -47,6 +49,8 @@ pub struct Clock {
     native: bool,
     /// Whether `owed` is not zero.
     behind: AtomicBool,
+    /// Where time is a count of instructions.
+    count: Option<Count>,
     epoch: Mutex<Epoch>,
 }
 
@@ -64,7 +68,8 @@ fn host_ticks() -> u64 {
     0
 }
 
-fn scale(ns: u64, tsc_khz: u64) -> u64 {
+/// Ticks of a TSC of that rate in `ns` nanoseconds, rounded down.
+pub(crate) fn scale(ns: u64, tsc_khz: u64) -> u64 {
     (u128::from(ns) * u128::from(tsc_khz) / 1_000_000) as u64
 }
 
@@ -86,6 +91,11 @@ impl Clock {
         Self::owing(state, host_khz, host_wall_ns().saturating_sub(state.host_wall_ns))
     }
 
+    /// Goes on from `state` with the instructions that the engine counts: the host's time does not matter.
+    pub fn counted(state: ClockState) -> Self {
+        Self { count: Some(Count::new(state)), ..Self::owing(state, 0, 0) }
+    }
+
     fn owing(state: ClockState, host_khz: u64, owed: u64) -> Self {
         Self {
             behind: AtomicBool::new(owed > 0),
@@ -93,6 +103,7 @@ impl Clock {
             running: AtomicBool::new(false),
             offset: AtomicU64::new(0),
             native: cfg!(target_arch = "x86_64") && host_khz == state.tsc_khz,
+            count: None,
             epoch: Mutex::new(Epoch { started: Instant::now(), state, owed }),
         }
     }
@@ -103,6 +114,11 @@ impl Clock {
 
     pub fn tsc_khz(&self) -> u64 {
         self.tsc_khz
+    }
+
+    /// The count of instructions that is this machine's time; `None` where the host's is.
+    pub fn count(&self) -> Option<&Count> {
+        self.count.as_ref()
     }
 
     /// Nanoseconds that `ticks` of the guest's TSC take, rounded down. `boot_ns` moves by this and nothing else, so that a
@@ -141,6 +157,9 @@ impl Clock {
     }
 
     fn now(&self, epoch: &Epoch) -> ClockState {
+        if let Some(count) = &self.count {
+            return count.state();
+        }
         if !self.running.load(Ordering::Acquire) {
             return epoch.state;
         }
@@ -176,7 +195,8 @@ impl Clock {
     pub fn pause(&self) {
         let mut epoch = self.epoch();
         let now = self.now(&epoch);
-        if self.running.swap(false, Ordering::AcqRel) {
+        // A counted clock has one anchor for all its life: how often it was stopped must not show.
+        if self.running.swap(false, Ordering::AcqRel) && self.count.is_none() {
             epoch.state = now;
         }
     }

@@ -6,6 +6,7 @@
 pub mod bus;
 pub mod clock;
 pub mod control;
+pub mod count;
 pub mod cpuid;
 pub mod engine;
 pub mod ioapic;
@@ -17,6 +18,7 @@ pub mod state;
 pub use bus::{Bus, Device, Space};
 pub use clock::{Clock, ClockState};
 pub use control::{Control, Work};
+pub use count::Count;
 pub use engine::{Engine, EngineConfig, EngineError, Stop};
 pub use ioapic::{Ioapic, IoapicState};
 pub use irq::{EoiListener, IrqSink, MsiRelay};

@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::overlay::Overlay;
+
 pub const SECTOR: u64 = 512;
 
 /// Reads and writes at offsets, straight between the file and the ranges given. Never by mapping it.
@@ -17,6 +19,8 @@ pub struct Disk {
     barrier: Option<Duration>,
     /// Something may have been written that is not on the medium. At first true: nobody knows what was done to the file before.
     unsynced: AtomicBool,
+    /// Where changes go instead of into the file.
+    overlay: Option<Overlay>,
 }
 
 /// The clock that a file system stamps files with (`ktime_get_coarse_real_ts64`): it moves once a tick.
@@ -31,11 +35,54 @@ fn check(n: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Calls `call` until all of `ranges` have been moved from `offset` on.
+pub(crate) fn transfer(
+    file: &File,
+    mut ranges: &mut [libc::iovec],
+    mut offset: u64,
+    call: impl Fn(i32, *const libc::iovec, i32, i64) -> libc::ssize_t,
+) -> io::Result<()> {
+    while !ranges.is_empty() {
+        let count = ranges.len().min(libc::UIO_MAXIOV as usize) as i32;
+        let at = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let mut done = match check(call(file.as_raw_fd(), ranges.as_ptr(), count, at)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        offset += done as u64;
+        while let Some(first) = ranges.first_mut() {
+            if done < first.iov_len {
+                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(done).cast();
+                first.iov_len -= done;
+                break;
+            }
+            done -= first.iov_len;
+            ranges = &mut ranges[1..];
+        }
+    }
+    Ok(())
+}
+
 impl Disk {
     pub fn new(file: File, read_only: bool) -> io::Result<Self> {
-        let mut disk = Self { file, size: 0, read_only, barrier: None, unsynced: AtomicBool::new(true) };
+        let mut disk = Self { file, size: 0, read_only, barrier: None, unsynced: AtomicBool::new(true), overlay: None };
         disk.size = disk.length()?;
         Ok(disk)
+    }
+
+    /// A disk whose changes go into `scratch`, an empty file: `file` is only read, and nothing is ever synced.
+    pub fn with_overlay(file: File, scratch: File, read_only: bool) -> io::Result<Self> {
+        let mut disk = Self::new(file, read_only)?;
+        disk.overlay = Some(Overlay::new(scratch, disk.size)?);
+        *disk.unsynced.get_mut() = false;
+        Ok(disk)
+    }
+
+    /// Digest of all changes in their order; zeros where there is no overlay, which alone follows them.
+    pub fn trail(&self) -> [u8; 32] {
+        self.overlay.as_ref().map_or([0; 32], Overlay::trail)
     }
 
     /// Bytes, also of a block device.
@@ -90,7 +137,10 @@ impl Disk {
     ///
     /// The caller guarantees that each range is mapped and writable for the whole call.
     pub fn read(&self, ranges: &mut [libc::iovec], offset: u64) -> io::Result<()> {
-        self.transfer(ranges, offset, |fd, list, count, at| {
+        if let Some(overlay) = &self.overlay {
+            return overlay.read(&self.file, ranges, offset);
+        }
+        transfer(&self.file, ranges, offset, |fd, list, count, at| {
             // SAFETY: `list` has `count` ranges that the caller vouches for.
             unsafe { libc::preadv(fd, list, count, at) }
         })
@@ -98,44 +148,21 @@ impl Disk {
 
     /// Writes all of `ranges` from `offset` on.
     pub fn write(&mut self, ranges: &mut [libc::iovec], offset: u64) -> io::Result<()> {
+        if let Some(overlay) = &mut self.overlay {
+            return overlay.write(&self.file, ranges, offset);
+        }
         self.before_write();
-        self.transfer(ranges, offset, |fd, list, count, at| {
+        transfer(&self.file, ranges, offset, |fd, list, count, at| {
             // SAFETY: `list` has `count` ranges that the caller vouches for.
             unsafe { libc::pwritev(fd, list, count, at) }
         })
     }
 
-    fn transfer(
-        &self,
-        mut ranges: &mut [libc::iovec],
-        mut offset: u64,
-        call: impl Fn(i32, *const libc::iovec, i32, i64) -> libc::ssize_t,
-    ) -> io::Result<()> {
-        while !ranges.is_empty() {
-            let count = ranges.len().min(libc::UIO_MAXIOV as usize) as i32;
-            let at = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-            let mut done = match check(call(self.file.as_raw_fd(), ranges.as_ptr(), count, at)) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            };
-            offset += done as u64;
-            while let Some(first) = ranges.first_mut() {
-                if done < first.iov_len {
-                    first.iov_base = first.iov_base.cast::<u8>().wrapping_add(done).cast();
-                    first.iov_len -= done;
-                    break;
-                }
-                done -= first.iov_len;
-                ranges = &mut ranges[1..];
-            }
-        }
-        Ok(())
-    }
-
     /// Frees the range's blocks; they read as zeros. Where the file system cannot, nothing happens (discarding is a hint).
     pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        if let Some(overlay) = &mut self.overlay {
+            return overlay.zero(&self.file, offset, len);
+        }
         match self.allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
             result => result,
@@ -144,6 +171,9 @@ impl Disk {
 
     /// Makes the range read as zeros; with `free` its blocks may go.
     pub fn write_zeroes(&mut self, offset: u64, len: u64, free: bool) -> io::Result<()> {
+        if let Some(overlay) = &mut self.overlay {
+            return overlay.zero(&self.file, offset, len);
+        }
         let how = if free { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
         match self.allocate(how | libc::FALLOC_FL_KEEP_SIZE, offset, len) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV | libc::ENOSYS)) => {}

@@ -11,6 +11,7 @@ pub mod hex;
 pub mod host;
 pub mod irq;
 pub mod msix;
+pub mod overlay;
 pub mod queue;
 pub mod rng;
 pub mod serial;

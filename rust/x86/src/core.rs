@@ -53,6 +53,9 @@ pub enum Pending {
     Failed(EngineError),
     /// The machine is to be reset.
     TripleFault,
+    /// Time is a count of instructions and this one wants to know it (see [`Core::at_known_count`]): the loop executes it again,
+    /// by itself.
+    Count,
 }
 
 /// What all vCPUs of a machine share.
@@ -106,6 +109,14 @@ pub struct Core {
     pub(crate) noncanonical: bool,
     /// PAUSE was executed: the loop gives the turn back.
     pub(crate) yielded: bool,
+    /// The machine's time is the count of instructions ([`vcpu::Count`]).
+    pub(crate) counted: bool,
+    /// What `cpu.icount` is behind the machine's count: set by the engine before each turn.
+    pub(crate) count_base: u64,
+    /// `cpu.icount` is right for the instruction being executed. False only inside a block of a counted machine.
+    pub(crate) count_known: bool,
+    /// The next instruction is executed by itself.
+    pub(crate) alone: bool,
     /// Guest physical page of this vCPU's xAPIC registers; `u64::MAX` when disabled or in x2APIC mode.
     pub lapic_page: u64,
     pub(crate) tlb: Tlb,
@@ -148,6 +159,7 @@ impl Core {
     pub fn new(shared: Arc<Shared>, vcpu: usize) -> Self {
         let mut cpu = Cpu::default();
         cpu.reset(false, vcpu as u32);
+        let counted = shared.clock.count().is_some();
         let lapic = Lapic::new(vcpu as u32);
         lapic.publish(&shared.apics);
         Self {
@@ -162,6 +174,10 @@ impl Core {
             fault: None,
             noncanonical: false,
             yielded: false,
+            counted,
+            count_base: 0,
+            count_known: true,
+            alone: false,
             lapic_page: lapic.mmio_page().unwrap_or(u64::MAX),
             lapic,
             tlb: Tlb::default(),
@@ -195,6 +211,28 @@ impl Core {
     pub fn unsupported(&mut self, message: String) -> Fault {
         self.fault = Some(Pending::Failed(EngineError::new("unsupported-instruction", message)));
         Fault
+    }
+
+    /// To be called before time is looked at and before a device is touched, which may do so; no effect may come before it. Where time
+    /// is a count of instructions, the exact count is then in the machine's clock, whatever way the instruction is executed.
+    #[inline]
+    pub(crate) fn at_known_count(&mut self) -> Result<(), Fault> {
+        if !self.counted {
+            return Ok(());
+        }
+        if !self.count_known {
+            self.fault = Some(Pending::Count);
+            return Err(Fault);
+        }
+        self.tell_count();
+        Ok(())
+    }
+
+    /// Brings the machine's count of instructions up to this vCPU's.
+    pub(crate) fn tell_count(&self) {
+        if let Some(count) = self.shared.clock.count() {
+            count.set_retired(self.count_base.wrapping_add(self.cpu.icount));
+        }
     }
 
     /// Makes the loop leave the running block at the end of this instruction, whatever [`Flow`](crate::insn::Flow) it returns.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vcpu::count::NS_PER_INSTRUCTION;
 use vcpu::irq::{IntrAcknowledge, IntrLine};
-use vcpu::{Engine, EngineConfig, EngineError, IrqSink, Stop, VcpuState};
+use vcpu::{Count, Engine, EngineConfig, EngineError, IrqSink, Stop, VcpuState};
 
 use crate::cache::Cache;
 use crate::core::{Core, Pending, Shared};
@@ -22,11 +23,17 @@ const STEP_EVERY: Duration = Duration::from_micros(250);
 const STEP_AT_LAST: Duration = Duration::from_millis(50);
 /// Undisturbed turns of a vCPU after which a step counts as digested: timer interrupt, its soft interrupt, the task that it woke.
 const CALM: u8 = 2;
+/// A timer so far away is none: a halted guest would wait for it for ever.
+const NEVER_NS: u64 = 366 * 86_400 * 1_000_000_000;
+/// What a turn without a single instruction takes where time is a count of them.
+const FRUITLESS_NS: u64 = 1_000;
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
 
 /// Guarantees: outside [`Engine::run`] every vCPU stands at an instruction boundary and nothing runs; the order of turns depends
-/// on the guest, the clock and what other threads post, on nothing else.
+/// on the guest, the clock and what other threads post, on nothing else. With a counted clock ([`Clock::counted`]) and nobody who
+/// posts, the guest alone decides: [`Engine::run`] comes back with [`Stop::Paused`] when exactly the clock's limit is retired, or
+/// earlier when no vCPU will ever run again; how often it was stopped on the way does not show.
 pub struct SoftwareEngine {
     shared: Arc<Shared>,
     cores: Vec<Core>,
@@ -38,6 +45,10 @@ pub struct SoftwareEngine {
     spinners: usize,
     /// Of each vCPU: undisturbed turns since the clock's last step, while it catches up.
     calm: Vec<u8>,
+    /// Counted clock only: what the vCPU whose turn it is may still execute of a turn that the limit cut.
+    rest: u64,
+    /// Counted clock only: the guests' clock pages have been written.
+    begun: bool,
 }
 
 /// How a vCPU's turn ended.
@@ -63,12 +74,27 @@ impl SoftwareEngine {
             .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
         let shared = Arc::new(Shared { tier, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
-        Ok(Self { shared, cores, cache: Cache::new(), turn: 0, spinning: vec![false; vcpus], spinners: 0, calm: vec![0; vcpus] })
+        Ok(Self {
+            shared,
+            cores,
+            cache: Cache::new(),
+            turn: 0,
+            spinning: vec![false; vcpus],
+            spinners: 0,
+            calm: vec![0; vcpus],
+            rest: 0,
+            begun: false,
+        })
     }
 
     /// Instructions that vCPU `n` has retired since this engine was made.
     pub fn instructions(&self, n: usize) -> u64 {
         self.cores[n].cpu.icount
+    }
+
+    /// The vCPU that runs next.
+    pub fn whose_turn(&self) -> usize {
+        self.turn
     }
 
     /// Runs vCPU 0 for exactly `n` instructions (one that halts, or only faults for ever, stops earlier) and leaves the clock
@@ -96,6 +122,11 @@ impl SoftwareEngine {
                 RunExit::Failed(error) => return Err(Stop::Failed(error)),
             }
         }
+    }
+
+    /// Takes back what write access the vCPUs were given, so that memory hears of their next write to each page.
+    pub fn take_back_write_access(&mut self) {
+        self.cores.iter_mut().for_each(|core| core.tlb.protect_all());
     }
 
     /// Direct access for tests and the differential runner.
@@ -129,7 +160,84 @@ impl SoftwareEngine {
         let others = self.spinners - usize::from(self.spinning[n]);
         let exit = core.run(&mut self.cache, if others > 0 { SHORT_SLICE } else { SLICE });
         let spins = matches!(exit, RunExit::Pause);
-        self.spinners = others + usize::from(spins);
+        self.ended(n, spins, exit)
+    }
+
+    /// Its time is the count of instructions.
+    fn counted_turns(&mut self) -> Stop {
+        let shared = self.shared.clone();
+        let Some(count) = shared.clock.count() else { return Stop::Paused };
+        let mut idle = 0;
+        while count.retired() < count.limit() {
+            if shared.control.attention() {
+                if let Some(stop) = shared.control.service() {
+                    return stop;
+                }
+                idle = 0;
+            }
+            match self.counted_turn(self.turn, count) {
+                Ok(Turn::Ran) => idle = 0,
+                Ok(Turn::Idle) => idle += 1,
+                Err(stop) => return stop,
+            }
+            if self.rest > 0 {
+                continue;
+            }
+            self.turn = (self.turn + 1) % self.cores.len();
+            if idle >= self.cores.len() {
+                // Nobody else can wake a vCPU: without a timer they sleep for ever.
+                match self.next_timer().map(|ticks| count.until(ticks)) {
+                    Some(ns) if ns < NEVER_NS => count.sleep(ns),
+                    _ => return Stop::Paused,
+                }
+                idle = 0;
+            }
+        }
+        Stop::Paused
+    }
+
+    /// One vCPU's turn, or the rest of one that the limit cut: it goes on as if nothing had been. A turn also ends when the vCPU's own
+    /// timer is due.
+    fn counted_turn(&mut self, n: usize, count: &Count) -> Result<Turn, Stop> {
+        let core = &mut self.cores[n];
+        let clock = &self.shared.clock;
+        let others = self.spinners - usize::from(self.spinning[n]);
+        let whole = match std::mem::take(&mut self.rest) {
+            0 => {
+                if core.lapic.timer_armed() {
+                    core.lapic.poll_timer(clock.tsc(), core.tsc_adjust, clock.tsc_khz());
+                }
+                if core.cpu.activity != Activity::Running && !core.event_pending() {
+                    return Ok(Turn::Idle);
+                }
+                let slice = if others > 0 { SHORT_SLICE } else { SLICE };
+                let timer = core.lapic.timer_left(clock.tsc(), core.tsc_adjust);
+                slice.min(timer.map_or(u64::MAX, |ticks| count.until(ticks).div_ceil(NS_PER_INSTRUCTION).max(1)))
+            }
+            rest => rest,
+        };
+        let (before, limit) = (count.retired(), count.limit());
+        let budget = whole.min(limit - before);
+        core.count_base = before.wrapping_sub(core.cpu.icount);
+        let exit = core.run(&mut self.cache, budget);
+        core.tell_count();
+        if matches!(exit, RunExit::Events) && count.retired() == before {
+            // Exceptions without end and not one instruction: only time can help.
+            count.sleep(FRUITLESS_NS);
+        }
+        // What would have ended the turn must end it also where the limit does.
+        let cut = budget < whole && matches!(exit, RunExit::Budget) && !core.yielded && !self.shared.control.attention();
+        if cut {
+            self.rest = whole - budget;
+            return Ok(Turn::Ran);
+        }
+        let spins = matches!(exit, RunExit::Pause) || budget < whole && core.yielded;
+        self.ended(n, spins, exit)
+    }
+
+    /// What the end of a turn means.
+    fn ended(&mut self, n: usize, spins: bool, exit: RunExit) -> Result<Turn, Stop> {
+        self.spinners = self.spinners - usize::from(self.spinning[n]) + usize::from(spins);
         self.spinning[n] = spins;
         match exit {
             RunExit::Budget | RunExit::Pause | RunExit::Events => Ok(Turn::Ran),
@@ -188,13 +296,18 @@ impl SoftwareEngine {
         digested && self.cores.iter().all(|c| c.cpu.activity != Activity::Running || interruptible(c)) || since >= STEP_AT_LAST
     }
 
+    /// Ticks of the clock's TSC until the next timer that can wake somebody.
+    fn next_timer(&self) -> Option<u64> {
+        let now = self.shared.clock.tsc();
+        let left = self.cores.iter().filter(|c| c.lapic.timer_wakes()).filter_map(|c| c.lapic.timer_left(now, c.tsc_adjust));
+        left.min()
+    }
+
     /// Until the next timer that can wake somebody, or until something is posted.
     fn sleep(&self) {
         let clock = &self.shared.clock;
-        let now = clock.tsc();
-        let next = self.cores.iter().filter(|c| c.lapic.timer_wakes()).filter_map(|c| c.lapic.timer_left(now, c.tsc_adjust));
         // Rounded up, so that the timer has expired when we wake.
-        let wait = next.min().map(|ticks| Duration::from_nanos(clock.ns(ticks).saturating_add(1)));
+        let wait = self.next_timer().map(|ticks| Duration::from_nanos(clock.ns(ticks).saturating_add(1)));
         let wait = if clock.behind() { Some(wait.map_or(STEP_EVERY, |d| d.min(STEP_EVERY))) } else { wait };
         let deadline = wait.and_then(|d| Instant::now().checked_add(d));
         self.shared.control.wait(deadline);
@@ -217,7 +330,10 @@ impl Engine for SoftwareEngine {
 
     fn run(&mut self) -> Stop {
         self.shared.clock.resume();
-        let stop = match self.begin() {
+        let counted = self.shared.clock.count().is_some();
+        let begun = if counted && std::mem::replace(&mut self.begun, true) { Ok(()) } else { self.begin() };
+        let stop = match begun {
+            Ok(()) if counted => self.counted_turns(),
             Ok(()) => self.turns(),
             Err(error) => Stop::Failed(error),
         };

@@ -20,6 +20,7 @@ pub mod flags;
 pub mod insn;
 pub mod kvmclock;
 pub mod lapic;
+pub mod listing;
 pub mod mmu;
 pub mod msr;
 pub mod run;

@@ -429,8 +429,10 @@ impl Core {
         self.canonical_end(lin, len)?;
         let a = self.translate(lin, Kind::Write, rights)?;
         let b = self.translate(self.wrap(lin.wrapping_add(first)), Kind::Write, rights)?;
-        // Damaged memory must stop the store before its first byte.
-        self.host(b)?;
+        // Damaged memory must stop the store before its first byte, and so must a device that wants to know the time.
+        if self.host(b)?.is_none() || b & !OFFSET == self.lapic_page {
+            self.at_known_count()?;
+        }
         self.phys_store(a, first, v & ((1 << (8 * first)) - 1))?;
         self.phys_store(b, len - first, v >> (8 * first))
     }
@@ -457,6 +459,7 @@ impl Core {
                 return Ok(u128::from_le_bytes(bytes));
             }
         }
+        self.at_known_count()?;
         self.leave();
         let mut done = 0;
         while done < len {
@@ -489,6 +492,7 @@ impl Core {
                 return Ok(());
             }
         }
+        self.at_known_count()?;
         self.leave();
         let mut done = 0;
         while done < len {

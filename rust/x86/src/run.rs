@@ -77,6 +77,7 @@ impl Core {
             let before = self.cpu.icount;
             self.fault = None;
             let end = self.step_or_run(cache);
+            self.count_known = true;
             // No block is running: what looks at its neighbours must find none.
             self.stop_at = std::ptr::null();
             if end == End::Fault {
@@ -102,7 +103,9 @@ impl Core {
             && self.cpu.shadow == 0
             && !self.breakpoints.active
             && self.breakpoints.hit == 0
+            && !std::mem::take(&mut self.alone)
         {
+            self.count_known = false;
             return self.blocks(cache);
         }
         if self.breakpoint_before() {
@@ -172,6 +175,10 @@ impl Core {
                 Pending::Memory(error) => return Some(RunExit::Failed(memory_failure(&error))),
                 Pending::Failed(error) => return Some(RunExit::Failed(error)),
                 Pending::TripleFault => return Some(RunExit::TripleFault),
+                Pending::Count => {
+                    self.alone = true;
+                    return None;
+                }
             }
         }
     }

@@ -25,15 +25,17 @@ _MAGIC = {b"QFI\xfb": "a qcow2", b"vhdxfile": "a VHDX", b"KDMV": "a VMDK", b"con
 class DiskFile:
     """An open image, locked as long as it (or a duplicate of `fd`) is open.
 
-    `serial`: what the guest sees as the disk's name when the configuration gives none.
+    `serial`: what the guest sees as the disk's name when the configuration gives none. `scratch`: an empty unnamed file
+    for all changes, where the image is to stay as it is; `fd` can only be read then.
     """
 
-    __slots__ = ("fd", "path", "readonly", "serial")
+    __slots__ = ("fd", "path", "readonly", "scratch", "serial")
 
-    def __init__(self, path: str, fd: int, *, readonly: bool) -> None:
+    def __init__(self, path: str, fd: int, *, readonly: bool, scratch: int | None = None) -> None:
         self.path = path
         self.fd = fd
         self.readonly = readonly
+        self.scratch = scratch
         found = os.fstat(fd)
         # As Cloud Hypervisor makes it (block/src/lib.rs, build_serial).
         self.serial = f"{found.st_dev}{found.st_rdev}{found.st_ino}"[:_SERIAL_BYTES]
@@ -42,6 +44,9 @@ class DiskFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+        if self.scratch is not None:
+            os.close(self.scratch)
+            self.scratch = None
 
 
 def open_disk(path: str, *, readonly: bool, raw: bool = False, granularity: Granularity = "ByteRange") -> DiskFile:
@@ -58,6 +63,27 @@ def open_disk(path: str, *, readonly: bool, raw: bool = False, granularity: Gran
     except BaseException:
         os.close(fd)
         raise
+
+
+def open_disk_with_overlay(
+    path: str, *, readonly: bool, raw: bool = False, granularity: Granularity = "ByteRange"
+) -> DiskFile:
+    """As `open_disk`, for a guest whose changes are thrown away: the image is opened and locked as for reading.
+
+    `readonly`: what the guest's device is, as the configuration has it. The changes go into an unnamed file in the
+    directory for temporary files.
+    """
+    import tempfile
+
+    disk = open_disk(path, readonly=True, raw=raw, granularity=granularity)
+    try:
+        with tempfile.TemporaryFile() as scratch:
+            disk.scratch = os.dup(scratch.fileno())
+    except OSError as error:
+        disk.close()
+        raise IoFailed(f"cannot make a file for the changes to the disk {path} in {tempfile.gettempdir()}") from error
+    disk.readonly = readonly
+    return disk
 
 
 def _open(path: str, *, readonly: bool) -> int:

@@ -1,7 +1,7 @@
 """`freezeframe VERB`: what Cloud Hypervisor's commands have no word for. Results on stdout, talk on stderr.
 
-Exit status: 0 ok, 1 failed, 2 usage, and the `exit_code` of the error that ended it (10 not found, 11 busy, 12 damaged,
-13 incompatible).
+Exit status: 0 ok, 1 failed (`prove`: the runs differ), 2 usage, and the `exit_code` of the error that ended it (10 not
+found, 11 busy, 12 damaged, 13 incompatible).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _version(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from freezeframe.cli import image_cmd, run_cmd
+    from freezeframe.cli import image_cmd, prove_cmd, run_cmd
 
     parser = argparse.ArgumentParser(prog="freezeframe", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     run_cmd.add_run(verbs.add_parser("run", help="run a machine in the foreground until it ends"))
     image_cmd.add_image(verbs.add_parser("image", help="make guest disks from Debian packages"))
     image_cmd.add_kernel(verbs.add_parser("kernel", help="get Debian's cloud kernel with an initramfs for it"))
+    prove_cmd.add_prove(verbs.add_parser("prove", help="show that a snapshot runs the same each time, to the bit"))
     return parser
 
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from freezeframe.machine.build import build_for_boot, build_from_snapshot
+from freezeframe.machine.build import build_for_boot, build_from_snapshot, build_repeatable
 from freezeframe.machine.engine import EngineReport
 from freezeframe.machine.live import Machine, StopReason
+from freezeframe.machine.repeatable import RepeatableMachine
 
-__all__ = ["EngineReport", "Machine", "StopReason", "build_for_boot", "build_from_snapshot"]
+__all__ = [
+    "EngineReport",
+    "Machine",
+    "RepeatableMachine",
+    "StopReason",
+    "build_for_boot",
+    "build_from_snapshot",
+    "build_repeatable",
+]

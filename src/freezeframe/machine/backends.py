@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from freezeframe.backends.console import open_consoles
-from freezeframe.backends.disk import open_disk
+from freezeframe.backends.disk import open_disk, open_disk_with_overlay
 from freezeframe.errors import IoFailed, Refused
 
 TYPE_CHECKING = False
@@ -28,8 +28,11 @@ class Backends:
     Guarantees: a constructor that raises has closed all that it opened; `close` can be called again.
     """
 
-    def __init__(self, config: VmConfig, *, restored: bool, capture: int = 0) -> None:
-        """`restored`: console files are continued, not begun anew. `capture`: bytes of output to keep for programs."""
+    def __init__(self, config: VmConfig, *, restored: bool, capture: int = 0, overlays: bool = False) -> None:
+        """`restored`: console files are continued, not begun anew. `capture`: bytes of output to keep for programs.
+
+        `overlays`: what the guest writes to its disks is thrown away.
+        """
         self.disks: dict[str, DiskFile] = {}
         self.consoles: dict[str, HostConsole] = {}
         self._blocks: dict[str, _core.VirtioBlk] = {}
@@ -38,7 +41,8 @@ class Backends:
                 if disk.id is None or disk.path is None:
                     raise Refused("a disk without id or path")
                 raw = disk.image_type == "Raw"
-                opened = open_disk(disk.path, readonly=disk.readonly, raw=raw, granularity=disk.lock_granularity)
+                open_ = open_disk_with_overlay if overlays else open_disk
+                opened = open_(disk.path, readonly=disk.readonly, raw=raw, granularity=disk.lock_granularity)
                 self.disks[disk.id] = opened
             serial, console = config.serial, config.console
             ends = open_consoles(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from freezeframe import _core
 from freezeframe.devices import saved
-from freezeframe.errors import Incompatible, Refused
+from freezeframe.errors import Incompatible, NotSupported, Refused
 from freezeframe.machine import board, tsc
 from freezeframe.machine import engine as engines
 from freezeframe.machine.backends import Backends
 from freezeframe.machine.disk_check import check as check_disks
 from freezeframe.machine.live import Machine
 from freezeframe.machine.parts import ROWS, Parts, States, component_ids
+from freezeframe.machine.repeatable import RepeatableMachine
 from freezeframe.startup import layout
 
 TYPE_CHECKING = False
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from freezeframe.startup.entry import Entry
 
 VCPUS_MAX = 254
+YEAR_NS = 365 * 86_400 * 1_000_000_000
 CLOCK_FIELDS = ("tsc_khz", "tsc", "boot_ns", "wall_ns", "host_wall_ns")
 
 
@@ -107,7 +109,68 @@ def build_from_snapshot(
     `disks`: other files in place of the configuration's, by id. Raises `Incompatible` when state, configuration, disks
     or this host do not fit together; then nothing is left open.
     """
-    report = engines.choose(engine)
+    parts = _from_snapshot(
+        config,
+        state,
+        memory,
+        engines.choose(engine),
+        make_clock=lambda saved: _restore_clock(saved, advance=clock == "Advance"),
+        open_backends=lambda found: Backends(found, restored=True, capture=capture),
+        disks=disks,
+        disk_check=disk_check,
+    )
+    return Machine(parts, state="paused")
+
+
+def build_repeatable(
+    config: VmConfig,
+    state: Mapping[str, Any],
+    memory: _core.Memory,
+    *,
+    tier: str | None = None,
+    seed: int = 0,
+    disks: Mapping[str, str] | None = None,
+    disk_check: bool = True,
+    capture: int = 0,
+) -> RepeatableMachine:
+    """As `build_from_snapshot`, for runs that are the same each time: time is the count of instructions, random numbers
+    follow from `seed`, and so does how far the wall clock is ahead of the snapshot's (0 for seed 0, else up to a year).
+
+    What the guest writes to its disks is thrown away, the files are only read. Consoles are connected to nothing but
+    `capture`. Always the software engine, on `tier`.
+    """
+    if "PicPit" in (config.test_devices or ()):
+        raise NotSupported("a machine with a PIT cannot be run the same way twice: its timer follows the host's time")
+    config = config.replace(
+        console=config.console.replace(mode="Off" if config.console.mode == "Off" else "Null"),
+        serial=config.serial.replace(mode="Off" if config.serial.mode == "Off" else "Null"),
+    )
+    parts = _from_snapshot(
+        config,
+        state,
+        memory,
+        engines.choose("software", tier),
+        make_clock=lambda saved: _counted_clock(saved, seed),
+        open_backends=lambda found: Backends(found, restored=True, capture=capture, overlays=True),
+        disks=disks,
+        disk_check=disk_check,
+        seed=seed,
+    )
+    return RepeatableMachine(parts)
+
+
+def _from_snapshot(
+    config: VmConfig,
+    state: Mapping[str, Any],
+    memory: _core.Memory,
+    report: EngineReport,
+    *,
+    make_clock: Callable[[Any], _core.Clock],
+    open_backends: Callable[[VmConfig], Backends],
+    disks: Mapping[str, str] | None,
+    disk_check: bool,
+    seed: int | None = None,
+) -> Parts:
     substitutes = dict(disks or {})
     config = _substitute(config.with_device_ids(), substitutes)
     _check(config)
@@ -124,20 +187,19 @@ def build_from_snapshot(
     vcpus: list[Any] = parts_state["vcpus"]
     if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise Incompatible(f"the snapshot does not have the states of {config.cpus.boot_vcpus} vCPUs")
-    clock_ = _restore_clock(parts_state["clock"], advance=clock == "Advance")
-    opened = Backends(config, restored=True, capture=capture)
+    clock = make_clock(parts_state["clock"])
+    opened = open_backends(config)
     try:
         if disk_check:
             check_disks(opened.disks, parts_state["disks"], substitutes)
-        parts = _build(
-            Parts(config, report, memory, clock_, opened),
+        return _build(
+            Parts(config, report, memory, clock, opened, seed=seed),
             States(devices),
             lambda engine, number: engine.set_state(number, vcpus[number]),
         )
     except BaseException:
         opened.close()
         raise
-    return Machine(parts, state="paused")
 
 
 def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int], None]) -> Parts:
@@ -192,3 +254,9 @@ def _restore_clock(state: Any, *, advance: bool) -> _core.Clock:
     if isinstance(khz, int) and tsc.same(khz, host_khz):
         host_khz = khz
     return _core.Clock.from_state(state, host_khz, advance)
+
+
+def _counted_clock(state: Any, seed: int) -> _core.Clock:
+    fields = saved.fields("the clock", state, dict.fromkeys(CLOCK_FIELDS, (1 << 64) - 1))
+    ahead = int.from_bytes(_core.blake3(f"wall clock {seed}".encode())[:8], "little") % YEAR_NS if seed else 0
+    return _core.Clock.counted({**fields, "wall_ns": fields["wall_ns"] + ahead})

@@ -39,7 +39,7 @@ class StopReason:
         return f"<StopReason {self.kind}{f': {self.error}' if self.error else ''}>"
 
 
-def _failure(code: str, message: str) -> FreezeframeError:
+def failure(code: str, message: str) -> FreezeframeError:
     """What the engine reports, as an exception. `damaged`: snapshot memory that is not what was written."""
     return Damaged(message) if code == "damaged" else EngineError(message, detail={"code": code})
 
@@ -94,8 +94,8 @@ class Machine:
             kind, code, message = "failed", "host", f"the engine broke: {error!r}"
         self._parts.clock.pause()
         if kind != "paused":
-            failure = _failure(code or "", message or "") if kind == "failed" else None
-            self.stopped = StopReason(kind, failure, self._parts.exit_status if kind == "poweroff" else None)
+            broken = failure(code or "", message or "") if kind == "failed" else None
+            self.stopped = StopReason(kind, broken, self._parts.exit_status if kind == "poweroff" else None)
             self._state = "shutdown"
             self._parts.backends.pause()
         self._stands.set()

@@ -62,8 +62,12 @@ class Parts:
         memory: _core.Memory,
         clock: _core.Clock,
         backends: Backends,
+        *,
+        seed: int | None = None,
     ) -> None:
+        """`seed`: where the guest's random numbers come from instead of the host's."""
         self.config = config
+        self.seed = seed
         self.report = report
         self.memory = memory
         self.clock = clock
@@ -254,6 +258,7 @@ def _disk(parts: Parts, states: States, config: DiskConfig, name: str) -> _core.
         queue_size=config.queue_size,
         serial=config.serial or disk.serial,
         sparse=config.sparse,
+        overlay=disk.scratch,
         state=states.take(name),
     )
     parts.add_virtio(name, block_kind(config.num_queues), device, states, wide=False)
@@ -266,11 +271,14 @@ def _disks(parts: Parts, states: States) -> None:
 
 
 def _rng(parts: Parts, states: States) -> None:
-    fd = open_entropy(parts.config.rng.src)
+    fd = None if parts.seed is not None else open_entropy(parts.config.rng.src)
     try:
-        device = _core.VirtioRng(RNG, parts.memory, parts.msi, parts.control, fd, state=states.take(RNG))
+        device = _core.VirtioRng(
+            RNG, parts.memory, parts.msi, parts.control, fd, seed=parts.seed, state=states.take(RNG)
+        )
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
     parts.add_virtio(RNG, RNG_KIND, device, states, wide=True)
 
 

@@ -255,6 +255,7 @@ fn may_read_tsc(core: &mut Core) -> Result<(), Fault> {
 
 pub fn rdtsc(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     may_read_tsc(core)?;
+    core.at_known_count()?;
     let tsc = core.tsc();
     put_edx_eax(core, tsc);
     Ok(Flow::Next)
@@ -262,6 +263,7 @@ pub fn rdtsc(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
 
 pub fn rdtscp(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     may_read_tsc(core)?;
+    core.at_known_count()?;
     let tsc = core.tsc();
     put_edx_eax(core, tsc);
     core.cpu.gpr[RCX] = core.cpu.msr.tsc_aux & 0xffff_ffff;
@@ -279,6 +281,7 @@ pub fn rdpmc(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
 
 pub fn rdmsr(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     core.privileged()?;
+    core.at_known_count()?;
     let index = core.cpu.r32(RCX as u8);
     match core.read_msr(index) {
         Some(value) => put_edx_eax(core, value),
@@ -289,6 +292,7 @@ pub fn rdmsr(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
 
 pub fn wrmsr(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
     core.privileged()?;
+    core.at_known_count()?;
     let index = core.cpu.r32(RCX as u8);
     let value = u64::from(core.cpu.r32(RDX as u8)) << 32 | u64::from(core.cpu.r32(RAX as u8));
     core.write_msr(index, value)?;

@@ -56,6 +56,7 @@ fn port<const IMM: bool>(core: &Core, i: &Insn) -> u16 {
 }
 
 fn in_<const WIDTH: u8, const IMM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    core.at_known_count()?;
     let port = port::<IMM>(core, i);
     allowed(core, port, WIDTH)?;
     let value = input(core, port, WIDTH);
@@ -68,6 +69,7 @@ fn in_<const WIDTH: u8, const IMM: bool>(core: &mut Core, i: &Insn) -> Result<Fl
 }
 
 fn out<const WIDTH: u8, const IMM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    core.at_known_count()?;
     let port = port::<IMM>(core, i);
     allowed(core, port, WIDTH)?;
     let value = core.cpu.r32(RAX as u8);
@@ -111,6 +113,7 @@ fn repeated(
     width: u8,
     one: impl FnOnce(&mut Core) -> Result<(), Fault>,
 ) -> Result<Flow, Fault> {
+    core.at_known_count()?;
     // Before the count: a forbidden REP INS of no elements faults too.
     let port = core.cpu.r16(RDX as u8);
     allowed(core, port, width)?;

@@ -1,0 +1,264 @@
+"""Two runs of one snapshot side by side: equal digests on the way and at the end, or the block where they part."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from freezeframe.errors import EngineError, Refused
+from freezeframe.proof.parting import Parting, find
+from freezeframe.proof.run import Digests, Replay, replay
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
+    from typing import Any
+
+    from freezeframe.proof.inputs import Input
+    from freezeframe.proof.run import Tier
+
+    AnyPath = str | PathLike[str]
+    Progress = Callable[[str], None]
+
+DEFAULT_INSTRUCTIONS = 1_000_000_000
+CHECKPOINTS = 16
+# Comparing takes a few ms: more often than this it would be what takes the time.
+EVERY_MIN = 100_000
+
+
+class Side:
+    """One of the two runs: what executes, what stands for chance, and a bit of RAM to spoil.
+
+    `disturb`: (count, guest address): after so many instructions the lowest bit of that byte is flipped, for seeing
+    what a difference looks like.
+    """
+
+    __slots__ = ("disturb", "seed", "tier")
+
+    def __init__(self, tier: Tier, seed: int = 0, disturb: tuple[int, int] | None = None) -> None:
+        self.tier: Tier = tier
+        self.seed = seed
+        self.disturb = disturb
+
+    def __repr__(self) -> str:
+        return f"<Side {self.tier} seed={self.seed}>"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tier": self.tier, "seed": self.seed, "disturb": list(self.disturb) if self.disturb else None}
+
+
+class Checkpoint:
+    """A count at which both runs had these digests."""
+
+    __slots__ = ("at", "digests")
+
+    def __init__(self, at: int, digests: Digests) -> None:
+        self.at = at
+        self.digests = digests
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.at} {self.digests!r}>"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"at": self.at, **self.digests.to_json()}
+
+
+class Proof:
+    """What came out. `same`: the runs were equal at every checkpoint; else `parting` says where they are not any more.
+
+    `instructions`: how many both executed; fewer than `asked` when the guest ended by itself (`ended`: `poweroff`,
+    `reset`, or `asleep`: nothing but input would wake it). `seconds`: what each run took.
+    """
+
+    __slots__ = ("asked", "checkpoints", "ended", "instructions", "parting", "seconds", "sides", "slept_ns")
+
+    def __init__(
+        self,
+        *,
+        asked: int,
+        instructions: int,
+        slept_ns: int,
+        ended: str | None,
+        sides: tuple[Side, Side],
+        seconds: tuple[float, float],
+        checkpoints: Sequence[Checkpoint],
+        parting: Parting | None,
+    ) -> None:
+        self.asked = asked
+        self.instructions = instructions
+        self.slept_ns = slept_ns
+        self.ended = ended
+        self.sides = sides
+        self.seconds = seconds
+        self.checkpoints = tuple(checkpoints)
+        self.parting = parting
+
+    @property
+    def same(self) -> bool:
+        return self.parting is None
+
+    def __repr__(self) -> str:
+        what = "same" if self.parting is None else f"parting at {self.parting.at}"
+        return f"<Proof {what}, {self.instructions} instructions>"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "same": self.same,
+            "asked": self.asked,
+            "instructions": self.instructions,
+            "slept_ns": self.slept_ns,
+            "ended": self.ended,
+            "runs": [
+                {**side.to_json(), "seconds": round(seconds, 3)}
+                for side, seconds in zip(self.sides, self.seconds, strict=True)
+            ],
+            "checkpoints": [checkpoint.to_json() for checkpoint in self.checkpoints],
+            "parting": None if self.parting is None else self.parting.to_json(),
+        }
+
+
+class Run:
+    """One side's machine, and what it cost."""
+
+    def __init__(self, made: Replay, side: Side) -> None:
+        self.replay = made
+        self.side = side
+        self.seconds = 0.0
+
+    def run_to(self, count: int) -> None:
+        began = time.monotonic()
+        try:
+            if self.side.disturb is not None and self.replay.instructions <= self.side.disturb[0] < count:
+                self.replay.run_to(self.side.disturb[0])
+                self._disturb(self.side.disturb[1])
+            self.replay.run_to(count)
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def _disturb(self, address: int) -> None:
+        memory = self.replay.machine.memory
+        memory.write(address, bytes([memory.read(address, 1)[0] ^ 1]))
+
+    def close(self) -> None:
+        self.replay.close()
+
+
+class Pair:
+    """Both runs at one count. A context manager."""
+
+    def __init__(self, make: Callable[[Side], Replay], sides: tuple[Side, Side]) -> None:
+        first = Run(make(sides[0]), sides[0])
+        try:
+            self.runs = (first, Run(make(sides[1]), sides[1]))
+        except BaseException:
+            first.close()
+            raise
+
+    def run_to(self, count: int) -> None:
+        """Both, each on a thread of its own; raises what one of them raised, the first one's error first."""
+        errors: list[BaseException | None] = [None, None]
+
+        def work(n: int) -> None:
+            try:
+                self.runs[n].run_to(count)
+            except BaseException as error:
+                errors[n] = error
+
+        threads = [threading.Thread(target=work, args=(n,), name=f"run-{n}", daemon=True) for n in (0, 1)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            for run in self.runs:
+                run.replay.interrupt()
+            for thread in threads:
+                thread.join()
+            raise
+        for run, error in zip(self.runs, errors, strict=True):
+            if error is not None:
+                if isinstance(error, EngineError):
+                    error.hint = f"the {run.side.tier}, after {run.replay.instructions} instructions"
+                raise error
+
+    def same(self) -> Digests | None:
+        """The digests of both; None when they differ."""
+        a, b = (run.replay for run in self.runs)
+        if (a.instructions, a.ended) != (b.instructions, b.ended):
+            # Of each, for whoever asks where they differ.
+            a.digests(), b.digests()
+            return None
+        mine, other = a.digests(), b.digests()
+        return mine if mine == other else None
+
+    def __enter__(self) -> Pair:  # noqa: PYI034 - typing.Self costs an import
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.runs:
+            run.close()
+
+
+def prove(
+    snapshot: AnyPath,
+    instructions: int = DEFAULT_INSTRUCTIONS,
+    *,
+    seed: int = 0,
+    sides: tuple[Side, Side] | None = None,
+    every: int | None = None,
+    inputs: Sequence[Input] = (),
+    disks: Mapping[str, AnyPath] | None = None,
+    disk_check: bool = True,
+    progress: Progress | None = None,
+) -> Proof:
+    """Restores a snapshot twice, on the interpreter and on the translator, and compares them as they run.
+
+    Time is the count of instructions, `seed` stands for random numbers and the wall clock, `inputs` come at their
+    counts, disks are overlays that are thrown away: neither snapshot nor disks are changed. CPU, devices and memory are
+    compared at the start, `every` so many instructions and at the end; when they differ, runs from the snapshot find
+    the first block after which they do. `sides`: other runs to compare.
+
+    Raises what a restore raises; `Damaged` and `EngineError` also from the runs.
+    """
+    if instructions < 1:
+        raise Refused(f"{instructions} instructions: at least 1")
+    every = every or max(EVERY_MIN, -(-instructions // CHECKPOINTS))
+    if every < 1:
+        raise Refused(f"a comparison every {every} instructions: at least 1")
+    both = sides or (Side("interpreter", seed), Side("translator", seed))
+
+    def make(side: Side) -> Replay:
+        return replay(snapshot, seed=side.seed, tier=side.tier, inputs=inputs, disks=disks, disk_check=disk_check)
+
+    say = progress or (lambda _: None)
+    checkpoints: list[Checkpoint] = []
+    counts = [0, *range(every, instructions, every), instructions]
+    with Pair(make, both) as pair:
+        parted_at = None
+        for count in counts:
+            pair.run_to(count)
+            digests = pair.same()
+            if digests is None:
+                parted_at = count
+                break
+            checkpoints.append(Checkpoint(pair.runs[0].replay.instructions, digests))
+            say(f"{checkpoints[-1].at} instructions: equal")
+            if pair.runs[0].replay.ended is not None:
+                break
+        first = pair.runs[0].replay
+        facts: dict[str, Any] = {
+            "asked": instructions,
+            "instructions": first.instructions,
+            "slept_ns": first.machine.slept_ns,
+            "ended": first.ended,
+            "sides": both,
+            "seconds": (pair.runs[0].seconds, pair.runs[1].seconds),
+            "checkpoints": checkpoints,
+        }
+    parting = None
+    if parted_at is not None:
+        say(f"they differ after {parted_at} instructions: looking for the place")
+        parting = find(lambda: Pair(make, both), [c.at for c in checkpoints], parted_at, say)
+    return Proof(**facts, parting=parting)
