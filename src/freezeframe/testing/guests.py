@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-__all__ = ["board", "paging", "serial", "smp", "tick", "timers", "virtio"]
+__all__ = ["board", "entropy", "paging", "serial", "smp", "tick", "timers", "virtio"]
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "asm")
 
@@ -130,3 +130,8 @@ def board(ticks: int = 5) -> bytes:
     of them (0: never) writes the digit at the end of its command line to isa-debug-exit.
     """
     return _assemble("board", (("TICKS", ticks),))
+
+
+def entropy(*, x2apic: bool = False) -> bytes:
+    """Asks a virtio entropy device for 64 bytes again and again: `READY`, then `E <checksum>` each time, for ever."""
+    return _assemble("entropy", (("X2APIC", int(x2apic)),))
