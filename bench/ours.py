@@ -25,6 +25,44 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+class Control:
+    """A VMM's socket, one connection a request as `ch-remote` has."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        connection = _Connection(self._path)
+        connection.request(method, f"/api/v1/{path}", None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        if response.status >= 300:
+            raise RuntimeError(f"{path}: {response.status} {data!r}")
+        return json.loads(data) if data else None
+
+    def pause(self) -> None:
+        self.call("PUT", "vm.pause")
+
+    def resume(self) -> None:
+        self.call("PUT", "vm.resume")
+
+    def snapshot(self, where: Path) -> None:
+        """Into an empty directory."""
+        self.call("PUT", "vm.snapshot", {"destination_url": f"file://{where}"})
+
+    def wait_paused(self, vmm: Vmm) -> None:
+        """Until the machine of a VMM that was just started exists and stands."""
+        while True:
+            try:
+                if self.call("GET", "vm.info")["state"] == "Paused":
+                    return
+            except (OSError, RuntimeError):
+                if vmm.process.poll() is not None or time.monotonic() - vmm.started > DEADLINE_S:
+                    raise
+            time.sleep(0.0005)
+
+
 class Ours:
     name = "freezeframe"
 
@@ -45,25 +83,15 @@ class Ours:
             "--kernel", str(kernel), "--initramfs", str(initramfs), "--cmdline", f"{cmdline} console=hvc0", "--disk", f"path={disk}",
         ], socket=self._socket)  # fmt: skip
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        connection = _Connection(self._socket)
-        connection.request(method, f"/api/v1/{path}", None if body is None else json.dumps(body))
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        if response.status >= 300:
-            raise RuntimeError(f"{path}: {response.status} {data!r}")
-        return json.loads(data) if data else None
-
     def pause(self) -> float:
         began = time.monotonic()
-        self._call("PUT", "vm.pause")
+        Control(self._socket).pause()
         return time.monotonic() - began
 
     def snapshot(self, where: Path) -> float:
         where.mkdir()
         began = time.monotonic()
-        self._call("PUT", "vm.snapshot", {"destination_url": f"file://{where}"})
+        Control(self._socket).snapshot(where)
         return time.monotonic() - began
 
     def restore(self, where: Path) -> tuple[Vmm, float]:
@@ -71,14 +99,8 @@ class Ours:
         self._number += 1
         self._socket = self._scratch / f"ours-{self._number}.sock"
         vmm = Vmm(["--restore", f"source_url=file://{where}"], socket=self._socket)
-        while True:
-            try:
-                if self._call("GET", "vm.info")["state"] == "Paused":
-                    return vmm, time.monotonic() - vmm.started
-            except (OSError, RuntimeError):
-                if vmm.process.poll() is not None or time.monotonic() - vmm.started > DEADLINE_S:
-                    raise
-            time.sleep(0.001)
+        Control(self._socket).wait_paused(vmm)
+        return vmm, time.monotonic() - vmm.started
 
     def resume(self) -> None:
-        self._call("PUT", "vm.resume")
+        Control(self._socket).resume()

@@ -12,7 +12,8 @@ from freezeframe import _core
 from freezeframe.errors import Incompatible, NotSupported
 from freezeframe.machine import build_for_boot, build_from_snapshot
 from freezeframe.machine import engine as engines
-from freezeframe.testing.guests import tick
+from freezeframe.testing.guests import smp, tick
+from freezeframe.testing.process import Vmm
 from freezeframe.testing.tiny import MIB, again, configured, serial
 
 from .test_machine import ports
@@ -111,6 +112,24 @@ def test_registers_of_every_kind_survive_kvm(tmp_path):
             assert msrs == expected
 
 
+@pytest.mark.parametrize("mode", [0, 1 << 17], ids=["one-shot", "periodic"])
+def test_a_timer_that_runs_out_on_the_way_out_of_the_guest_is_not_lost(tmp_path, mode):
+    with build_for_boot(configured(tmp_path, ports(bytes.fromhex("f4 ebfd"))), engine="kvm") as machine:
+        parts = machine._parts
+        state = machine.save()["vcpus"][0]
+        state["lapic"].update(
+            svr=0x1FF, lvt_timer=mode | 0x40, timer_divide=0xB, timer_initial=1 << 30, timer_current=1
+        )
+        parts.engine.set_state(0, state)
+        parts.control.request_stop("paused")
+        # It is loaded, its timer runs out, and it is read again, all before its first instruction.
+        assert parts.engine.run()[0] == "paused"
+        after = parts.engine.state(0)
+        assert after["regs"] == state["regs"]
+        assert after["lapic"]["irr"][2] == 1
+        assert (after["lapic"]["timer_current"] == 0) == (mode == 0)
+
+
 def test_a_message_to_a_paused_machine_is_saved_once(tmp_path):
     # Interrupts stay off, so the request stays pending.
     with build_for_boot(configured(tmp_path, ports(bytes.fromhex("ebfe"))), engine="kvm") as machine:
@@ -153,6 +172,26 @@ def test_an_instruction_that_kvm_cannot_run_is_named(tmp_path):
         assert error.detail == {"code": "unsupported-instruction"}
         assert "instruction cf" in str(error)
         assert "--engine software" in str(error)
+
+
+def test_a_user_is_told_of_an_instruction_that_kvm_cannot_run(tmp_path):
+    if _core.kvm_probe()[0]:
+        pytest.skip("this host's KVM runs every instruction")
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(smp(2))
+    argv = ["--engine", "kvm", "--cpus", "boot=2", "--memory", "size=64M", "--console", "off", "--serial", "tty"]
+    with Vmm([*argv, "--kernel", str(kernel)], socket=tmp_path / "s.sock") as vmm:
+        assert vmm.wait(60) == 1
+        vmm.console.expect(r"^READY$")
+        vmm.errors.expect(
+            r"^Error: The VM was stopped because it cannot go on:\n"
+            r"  0: vCPU 0 at 0x[0-9a-f]+: this host's KVM cannot run the instruction cf( [0-9a-f]{2})*; use --engine software\n"
+        )
+    assert not (tmp_path / "s.sock").exists()
+    # What it suggests helps.
+    argv[1] = "software"
+    with Vmm([*argv, "--kernel", str(kernel)], socket=tmp_path / "s.sock") as vmm:
+        vmm.console.expect(r"^T 3$")
 
 
 def test_a_bad_state_is_refused_by_name_and_changes_nothing(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from freezeframe import _core
 from freezeframe.errors import FreezeframeError
 from freezeframe.images import CloudKernel, build_busybox_disk, cloud_kernel
 from freezeframe.testing.process import Vmm
@@ -54,6 +56,24 @@ class Guest:
         ]  # fmt: skip
 
 
+def why_not_kvm() -> str | None:
+    """Why Linux cannot run on this host's KVM; None where it can."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "/dev/kvm cannot be opened here"
+    runs, found = _core.kvm_probe()
+    return None if runs else f"Linux does not run on this host's KVM: {found}"
+
+
+@pytest.fixture(scope="session", params=["software", "kvm"], autouse=True)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here runs on both engines; where one cannot, it says so. The commands take it from their environment."""
+    if request.param == "kvm" and (why := why_not_kvm()):
+        pytest.skip(why)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FREEZEFRAME_ENGINE", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
     disk = tmp_path_factory.mktemp("master") / "root.raw"
@@ -72,18 +92,18 @@ class Frozen:
     disk: Path
     cpus: int
 
-    def restore(self, work: Path, *more: str) -> Vmm:
-        """A restored, paused machine on a copy of the disk."""
+    def restore(self, work: Path, *more: str, engine: str = "auto") -> Vmm:
+        """A restored, paused machine on a copy of the disk. `engine`: "auto" is the one that the test runs on."""
         work.mkdir(parents=True, exist_ok=True)
         disk = Path(shutil.copy(self.disk, work / "root.raw"))
         options = ",".join([f"source_url=file://{self.snapshot}", f"disks=[_disk0@{disk}]", *more])
-        vmm = Vmm(["--restore", options], socket=work / "vmm.sock")
+        vmm = Vmm(["--engine", engine, "--restore", options], socket=work / "vmm.sock")
         vmm.wait_ready()
         return vmm
 
 
 @pytest.fixture(scope="session")
-def frozen(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frozen]:
+def frozen(engine: str, guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frozen]:
     work = tmp_path_factory.mktemp("frozen")
     disk = guest.copy_disk(work)
     snapshot = work / "snapshot"

@@ -42,12 +42,14 @@ pub(crate) struct Timer {
 }
 
 impl Timer {
-    /// To be called when the vCPU has just stopped. Gives whether the timer may have run out before that, unnoticed.
+    /// To be called when the vCPU has just stopped. Gives whether the timer may have run out before that, unnoticed: a periodic
+    /// one does not show it.
     pub fn stopped(&mut self, fd: &VcpuFd) -> Checked<bool> {
         let page = get(fd)?;
-        let counts = !deadline_mode(apic_get(&page, 0x320)) && apic_get(&page, 0x380) != 0;
+        let lvt_timer = apic_get(&page, 0x320);
+        let counts = !deadline_mode(lvt_timer) && apic_get(&page, 0x380) != 0;
         self.left = if counts { apic_get(&page, 0x390) } else { 0 };
-        Ok(counts && self.left == 0)
+        Ok(counts && (self.left == 0 || !one_shot(lvt_timer)))
     }
 
     /// Whether it has run out since, the page being one of later.

@@ -22,6 +22,8 @@ pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control) -
         stop: Mutex::new(None),
         running: Mutex::new((0..vcpus.len()).map(|_| None).collect()),
     };
+    // A stop that has been asked for already is obeyed before the first instruction.
+    shared.service();
     std::thread::scope(|scope| {
         for vcpu in vcpus {
             let shared = &shared;
@@ -173,6 +175,7 @@ impl Shared<'_> {
         }
         mask_signal(libc::SIG_UNBLOCK);
         set_signal_mask(&vcpu.fd, false).map_err(Stop::Failed)?;
+        vcpu.timer.stopped(&vcpu.fd).map_err(Stop::Failed)?;
         if came { self.finish_io(vcpu) } else { Ok(()) }
     }
 

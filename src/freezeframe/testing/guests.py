@@ -16,7 +16,19 @@ import os
 import subprocess
 import tempfile
 
-__all__ = ["board", "entropy", "paging", "serial", "smp", "tick", "timers", "virtio"]
+__all__ = [
+    "beat",
+    "board",
+    "entropy",
+    "paging",
+    "serial",
+    "smp",
+    "tick",
+    "timers",
+    "virtio",
+    "work",
+    "work_checksum",
+]
 
 _SOURCES = os.path.join(os.path.dirname(__file__), "asm")
 
@@ -135,3 +147,49 @@ def board(ticks: int = 5) -> bytes:
 def entropy(*, x2apic: bool = False) -> bytes:
     """Asks a virtio entropy device for 64 bytes again and again: `READY`, then `E <checksum>` each time, for ever."""
     return _assemble("entropy", (("X2APIC", int(x2apic)),))
+
+
+def work(
+    cpus: int = 1,
+    *,
+    blocks: int = 64,
+    base: int = 0x100_0000,
+    size: int = 0x1000,
+    period: int = 2_000_000,
+    x2apic: bool = False,
+) -> bytes:
+    """A guest that does everything at once, for ever: `READY`, then `T <round> <checksum>` (see `work_checksum`).
+
+    Each round it checks and rewrites `size` bytes of memory at `base`, writes one block of 4 KiB to its disk (of
+    `blocks`) and reads one that it wrote before, asks every other CPU by an interrupt, waits for its own timer, and
+    compares its registers, x87 and SSE ones included. The other CPUs (`cpus` - 1 of them) work on a page each whenever
+    an interrupt comes. CPU i's timer goes by TSC deadline, periodically or once each (i modulo 3 = 0, 1, 2), every
+    `period` ns or TSC ticks; every request to the disk must bring exactly one interrupt.
+    """
+    symbols = (
+        ("CPUS", cpus),
+        ("X2APIC", int(x2apic)),
+        ("BLOCKS", blocks),
+        ("BASE", base),
+        ("SIZE", size),
+        ("PERIOD", period),
+    )
+    return _assemble("work", symbols)
+
+
+def work_checksum(rounds: int, blocks: int = 64) -> str:
+    """What `work` prints behind `T <rounds>`: a mix of which round's data each block that it read held."""
+    written, value = [0] * blocks, 0x811C9DC5
+    for number in range(1, rounds + 1):
+        written[number * 7 % blocks] = number
+        held = written[(number // 2 + 1) * 7 % blocks]
+        value = (held ^ value ^ number) * 0x01000193 & 0xFFFFFFFF
+    return f"{value:08x}"
+
+
+def beat(cpus: int = 1, *, size: int = 64 << 20, period: int = 1_000_000) -> bytes:
+    """A guest for timings: `UP`, then it touches each page of `size` bytes from 16 MiB on, `READY`, and a line `T` at
+    each interrupt of a timer, every `period` ns. The other CPUs are started and stand.
+    """
+    symbols = (("CPUS", cpus), ("X2APIC", 0), ("BASE", 0x100_0000), ("SIZE", size), ("PERIOD", period))
+    return _assemble("beat", symbols)
