@@ -117,6 +117,34 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Moves a program of `size` bytes at `gpa`: adds `delta` to the little-endian words of `width` bytes (4 or 8) at the addresses in
+    /// `table` (32 bits each, little-endian, sign-extended). `link`: the address that `gpa` has in the table.
+    /// Nothing is written when one of them is outside of the program.
+    pub fn relocate(&self, gpa: u64, size: u64, link: u64, table: &[u8], width: u8, delta: i64) -> Result<(), MemoryError> {
+        let width = if width == 8 { 8 } else { 4 };
+        let Some(region) = self.region(gpa) else { return Err(MemoryError::NotRam { gpa, len: size }) };
+        let first = gpa - region.layout().gpa;
+        // Every chunk of it is there from here on.
+        self.host_range(gpa, size)?;
+        let offsets = || {
+            table.chunks_exact(4).map(|word| {
+                let address = i64::from(i32::from_le_bytes([word[0], word[1], word[2], word[3]])) as u64;
+                address.wrapping_sub(link)
+            })
+        };
+        if let Some(wild) = offsets().find(|&offset| offset > size || size - offset < width as u64) {
+            return Err(MemoryError::Layout(format!("a relocation at {wild:#x} of a program of {size:#x} bytes")));
+        }
+        for offset in offsets() {
+            let mut bytes = [0; 8];
+            region.host().copy_out(first + offset, &mut bytes[..width]);
+            let moved = u64::from_le_bytes(bytes).wrapping_add(delta as u64);
+            region.host().copy_in(first + offset, &moved.to_le_bytes()[..width]);
+        }
+        self.written(gpa, size);
+        Ok(())
+    }
+
     /// To be called after writing `len` bytes at `gpa` through a pointer instead of [`GuestMemory::write`].
     /// What is not RAM of it is ignored.
     pub fn written(&self, gpa: u64, len: u64) {

@@ -15,6 +15,7 @@ mod json;
 mod memory;
 mod saved;
 mod store;
+mod unpack;
 mod virtio;
 
 #[pymodule]
@@ -43,6 +44,8 @@ mod _core {
     use super::memory::{Memory, MemoryContents};
     #[pymodule_export]
     use super::store::{blake3, restore_memory, write_region};
+    #[pymodule_export]
+    use super::unpack::{unpack_lz4, unpack_zstd};
     #[pymodule_export]
     use super::virtio::{VirtioBlk, VirtioConsole, VirtioFunction, VirtioRng};
 }

@@ -51,6 +51,13 @@ impl Memory {
         PyBytes::new_with(py, size, |data| py.detach(|| self.memory.read(gpa, data)).map_err(errors::memory))
     }
 
+    /// Adds `delta` to the words that `table` lists, as [`GuestMemory::relocate`] says; raises `Refused` when one is outside.
+    /// `program`: (guest physical address, size, address that it was linked for).
+    fn relocate(&self, py: Python<'_>, program: (u64, u64, u64), table: &[u8], width: u8, delta: i64) -> PyResult<()> {
+        let (gpa, size, link) = program;
+        py.detach(|| self.memory.relocate(gpa, size, link, table, width, delta)).map_err(errors::memory)
+    }
+
     /// Copies `data` to `gpa`; raises `Refused` when the range leaves RAM.
     fn write(&self, py: Python<'_>, gpa: u64, data: PyBuffer<u8>) -> PyResult<()> {
         let bytes = data.to_vec(py)?;

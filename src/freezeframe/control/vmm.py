@@ -148,6 +148,7 @@ class Vmm:
         machine: Machine | None = None
         try:
             machine = self._backend.boot(config) if old is None else self._backend.reboot(old, config)
+            self.log(INFO, machine.start_note)
             self._adopt(machine)
             machine.resume()
         except (FreezeframeError, OSError) as error:

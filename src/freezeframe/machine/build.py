@@ -70,7 +70,9 @@ def build_for_boot(
         if backends is None:
             opened.close()
         raise
-    return Machine(parts, state="created")
+    machine = Machine(parts, state="created")
+    machine.start_note = start.note
+    return machine
 
 
 def _load(config: VmConfig, payload: PayloadConfig, memory: _core.Memory, map_: layout.AddressMap) -> Entry:

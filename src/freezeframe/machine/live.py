@@ -56,6 +56,7 @@ class Machine:
         self.config: VmConfig = parts.config
         self.engine: EngineReport = parts.report
         self.memory: _core.Memory = parts.memory
+        self.start_note = ""  # of a booted machine: how its kernel got into memory
         self.on_stop: Callable[[StopReason], None] | None = None
         self.stopped: StopReason | None = None
         self._parts = parts

@@ -18,6 +18,7 @@ HEADER = 0x1F1
 HEADER_MAGIC = b"HdrS"
 PROTOCOL_MIN = 0x020A  # init_size and pref_address: Linux 2.6.31
 LOADED_HIGH = 1
+KASLR_FLAG = 2  # of loadflags: set by who moves the kernel, for the kernel
 XLF_KERNEL_64 = 1
 LOADER_UNDEFINED = 0xFF
 SECTOR = 512
@@ -34,6 +35,11 @@ class BzImage:
     cmdline_max: int  # without NUL
     initrd_max: int  # highest address that a ramdisk may use
     end: int  # first address behind what the kernel needs to unpack itself
+    preferred: int  # where it was linked to run
+    init_size: int  # memory that it needs from there on, its unpacking included
+    alignment: int
+    relocatable: bool
+    packed: tuple[int, int]  # (offset from the payload, size) of the compressed kernel
 
 
 def is_bzimage(file: BootFile) -> bool:
@@ -80,7 +86,21 @@ def parse(file: BootFile) -> BzImage:
     entry_64 = protocol >= 0x020C and bool(xloadflags & XLF_KERNEL_64)
     if entry_64 and size < 0x200 + 16:
         raise bad("it is cut short: no 64-bit entry")
-    return BzImage(head[HEADER:header_end], payload, size, entry_64, cmdline_max, initrd_max, end)
+    packed_offset, packed_size = struct.unpack_from("<II", head, 0x248)
+    return BzImage(
+        setup_header=head[HEADER:header_end],
+        payload_offset=payload,
+        payload_size=size,
+        entry_64=entry_64,
+        cmdline_max=cmdline_max,
+        initrd_max=initrd_max,
+        end=end,
+        preferred=preferred,
+        init_size=init_size,
+        alignment=alignment,
+        relocatable=bool(relocatable),
+        packed=(packed_offset, packed_size),
+    )
 
 
 def load(file: BootFile, image: BzImage, memory: Memory) -> Entry:
@@ -92,11 +112,14 @@ def load(file: BootFile, image: BzImage, memory: Memory) -> Entry:
     return Entry("protected", layout.HIGH_RAM, rsi=layout.ZERO_PAGE, rsp=layout.BOOT_STACK)
 
 
-def zero_page(image: BzImage, e820: list[tuple[int, int, int]], initrd: tuple[int, int] | None, rsdp: int) -> bytes:
-    """`struct boot_params`. `initrd`: (address, size)."""
+def zero_page(
+    image: BzImage, e820: list[tuple[int, int, int]], initrd: tuple[int, int] | None, rsdp: int, *, moved: bool
+) -> bytes:
+    """`struct boot_params`. `initrd`: (address, size). `moved`: the kernel was unpacked to a random place."""
     page = bytearray(layout.PAGE)
     page[HEADER : HEADER + len(image.setup_header)] = image.setup_header
     page[0x210] = LOADER_UNDEFINED
+    page[0x211] = page[0x211] & ~KASLR_FLAG | (KASLR_FLAG if moved else 0)
     struct.pack_into("<I", page, 0x228, layout.CMDLINE)
     if initrd:
         address, size = initrd

@@ -131,7 +131,9 @@ def load(file: BootFile, image: ElfImage, memory: Memory) -> Entry:
     """Copies the segments. RAM is zero already, so what a file does not fill is."""
     for part in image.loads:
         file.copy(memory, part.address, part.offset, part.size)
-    return Entry("protected", image.entry, rbx=layout.PVH_START_INFO)
+    return Entry(
+        "protected", image.entry, rbx=layout.PVH_START_INFO, note="the kernel is an ELF file, entered by its PVH note"
+    )
 
 
 def write_start_info(

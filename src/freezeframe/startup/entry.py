@@ -37,6 +37,7 @@ class Entry:
     rbx: int = 0
     rsi: int = 0
     rsp: int = 0
+    note: str = ""  # how the kernel got into memory, a sentence for the log
 
 
 def _segment(selector: int, type_: int, *, db: int, l: int, s: int = 1, limit: int = 0xFFFF_FFFF) -> dict[str, int]:  # noqa: E741

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import struct
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from freezeframe.errors import Refused
 from freezeframe.startup import acpi, bzimage, elf, layout, smbios
-from freezeframe.startup.entry import write_tables
+from freezeframe.startup.entry import Entry, write_tables
 from freezeframe.startup.files import BootFile
 
 if TYPE_CHECKING:
     from freezeframe._core import Memory
     from freezeframe.startup.acpi import Platform
-    from freezeframe.startup.entry import Entry
+    from freezeframe.startup.unpack import Place, Vmlinux
 
 PathLike = str | os.PathLike[str]
+UNPACK_VARIABLE = "FREEZEFRAME_UNPACK"
 
 
 def _check_cmdline(cmdline: str, limit: int) -> bytes:
@@ -44,11 +46,40 @@ def _place_initramfs(file: BootFile, ram_end: int, top: int, kernel_end: int) ->
     return address, file.size
 
 
+def _unpack(file: BootFile, image: bzimage.BzImage) -> Vmlinux | str:
+    """The kernel inside a bzImage, or why the guest unpacks it itself."""
+    asked = os.environ.get(UNPACK_VARIABLE) or "host"
+    if asked == "guest":
+        return f"the variable {UNPACK_VARIABLE} says so"
+    if asked != "host":
+        raise Refused(f"{UNPACK_VARIABLE} is {asked!r}: host or guest")
+    from freezeframe.startup import unpack
+
+    return unpack.unpack(file, image)
+
+
+def _place(
+    image: bzimage.BzImage, kernel: Vmlinux, initrd: tuple[int, int] | None, ram_end: int, cmdline: str
+) -> Place:
+    from freezeframe.startup import unpack
+
+    first, size = initrd or (ram_end, 0)
+    return unpack.choose(image, kernel, ((layout.HIGH_RAM, first), (first + size, ram_end)), cmdline)
+
+
+def _load_unpacked(kernel: Vmlinux, image: bzimage.BzImage, place: Place, memory: Memory) -> Entry:
+    from freezeframe.startup import unpack
+
+    rip = unpack.load(kernel, image, place, memory)
+    random = "to a random place" if place.random else "to where it was linked"
+    return Entry("long", rip, rsi=layout.ZERO_PAGE, rsp=layout.BOOT_STACK, note=f"the kernel was unpacked {random}")
+
+
 def load(memory: Memory, kernel: PathLike, initramfs: PathLike | None, cmdline: str, platform: Platform) -> Entry:
     """Loads kernel, ramdisk, command line, boot parameters and ACPI tables into zeroed memory.
 
     Raises `NotFound`, `IoFailed` or `Refused` naming the file and the reason; then memory is untouched, except for a
-    file that could be opened but not be read to its end.
+    file that could be opened but not be read to its end, or a kernel whose relocations lead out of it.
     """
     with ExitStack() as stack:
         file = stack.enter_context(BootFile("kernel", kernel))
@@ -79,15 +110,25 @@ def load(memory: Memory, kernel: PathLike, initramfs: PathLike | None, cmdline: 
         if layout.RSDP + len(tables) > layout.SMBIOS:
             raise Refused("the ACPI tables do not fit: too many vCPUs")
         e820 = platform.map.e820()
+        unpacked = _unpack(file, linux) if linux else "it is an ELF file"
 
-        entry = bzimage.load(file, linux, memory) if linux else elf.load(file, pvh, memory) if pvh else None
-        if entry is None:
+        moved = False
+        if linux is not None and not isinstance(unpacked, str):
+            place = _place(linux, unpacked, initrd, ram_end, cmdline)
+            entry = _load_unpacked(unpacked, linux, place, memory)
+            moved = place.random
+        elif linux is not None:
+            note = f"the kernel unpacks itself in the guest: {unpacked}"
+            entry = replace(bzimage.load(file, linux, memory), note=note)
+        elif pvh is not None:
+            entry = elf.load(file, pvh, memory)
+        else:
             raise AssertionError
         if disk is not None and initrd is not None:
             disk.copy(memory, initrd[0], 0, disk.size)
         memory.write(layout.CMDLINE, text)
         if linux is not None:
-            memory.write(layout.ZERO_PAGE, bzimage.zero_page(linux, e820, initrd, layout.RSDP))
+            memory.write(layout.ZERO_PAGE, bzimage.zero_page(linux, e820, initrd, layout.RSDP, moved=moved))
         else:
             elf.write_start_info(memory, e820, initrd, layout.RSDP)
         memory.write(layout.RSDP, tables)

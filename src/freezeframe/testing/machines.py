@@ -41,6 +41,7 @@ class FakeMachine:
         self.config = config
         self.state: Literal["created", "running", "paused", "shutdown"] = state
         self.engine = FakeEngine()
+        self.start_note = "nothing was loaded"
         self.on_stop: Callable[[Any], None] = _ignore
         self.closed = False
         self.buttons = 0
