@@ -90,7 +90,15 @@ class Control:
 
 # host.rs
 def host_tsc_khz() -> int: ...
-def kvm_probe() -> tuple[bool, str]: ...
+def kvm_probe() -> tuple[bool, str, bool]: ...
+def kvm_check(
+    clock: Clock,
+    memory: Memory,
+    *,
+    vcpus: int,
+    phys_bits: int,
+    states: Sequence[Mapping[str, Any]] | None = None,
+) -> None: ...
 
 # irq.rs
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from freezeframe import _core
 from freezeframe.errors import Incompatible, NotSupported
-from freezeframe.machine import build_for_boot, build_from_snapshot
+from freezeframe.machine import build, build_for_boot, build_from_snapshot
 from freezeframe.machine import engine as engines
 from freezeframe.testing.guests import smp, tick
 from freezeframe.testing.process import Vmm
@@ -211,12 +212,32 @@ def test_a_bad_state_is_refused_by_name_and_changes_nothing(tmp_path):
             assert without_time(machine.save()["vcpus"]) == without_time(good)
 
 
+def test_what_kvm_cannot_take_is_refused_by_name_before_anything_is_built(tmp_path, monkeypatch):
+    with build_for_boot(configured(tmp_path, tick()), engine="software") as machine:
+        config, good, regions = machine.config, machine.save(), machine.memory.regions
+
+    def built(*_args, **_options):
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr(build, "Backends", built)
+    for error, name, change in (
+        (Incompatible, "sregs.cr4: bits 0x40000", lambda s: s["vcpus"][0]["sregs"].update(cr4=1 << 18)),
+        (Incompatible, "sregs.efer: bits 0x1000", lambda s: s["vcpus"][0]["sregs"].update(efer=1 << 12)),
+        (Incompatible, "xcr0: 0x7", lambda s: s["vcpus"][0].update(xcr0=7)),
+        (NotSupported, "3000000 kHz", lambda s: s["clock"].update(tsc_khz=3_000_000)),
+    ):
+        state = copy.deepcopy(good)
+        change(state)
+        with pytest.raises(error, match=name):
+            build_from_snapshot(config, state, _core.Memory(regions), engine="kvm")
+
+
 def test_an_explicit_choice_is_obeyed_and_measured(monkeypatch):
     monkeypatch.delenv("FREEZEFRAME_ENGINE", raising=False)
-    assert engines.choose("auto").name == "software"
+    assert (engines.choose("auto").name == "kvm") == _core.kvm_probe()[2]
     report = engines.choose("kvm")
     assert report.name == "kvm"
-    assert _core.kvm_probe()[1].split(" at ")[0] in report.reason
+    assert _core.kvm_probe()[1].split(", at ")[0] in report.reason
 
 
 def test_kvm_that_cannot_be_opened_is_said(monkeypatch):

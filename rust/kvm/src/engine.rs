@@ -16,6 +16,7 @@ use crate::convert::{self, msr_name};
 use crate::cpu::Vcpu;
 use crate::exits::Outside;
 use crate::fpu::XsaveArea;
+use crate::host::Host;
 use crate::lapic::Timer;
 use crate::sink::Sink;
 use crate::tsc::{self, TscControl};
@@ -46,27 +47,18 @@ impl KvmEngine {
     /// verifies all memory of a machine that was restored.
     pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
         let EngineConfig { memory, bus, clock, control, vcpus: count, phys_bits, eoi } = config;
-        if count == 0 || count > 254 {
-            return Err(EngineError::new("host", format!("{count} vCPUs: the KVM engine runs 1 to 254")));
-        }
-        if !clock.native() {
-            let khz = clock.tsc_khz();
-            return Err(EngineError::new(
-                "host",
-                format!(
-                    "the guest's TSC runs at {khz} kHz, this host's at another rate: use --engine software, which can scale it"
-                ),
-            ));
-        }
+        let host = Host::open()?;
+        host.check(&clock, count, phys_bits)?;
         threads::kick_signal()?;
-        let (kvm, vm) = vm::create(&memory)?;
+        let vm = vm::create(&host.kvm, &memory)?;
+        let untrue = host.untrue();
         let mut vcpus = Vec::with_capacity(count);
         let mut tsc = TscControl::Offset;
         let xsave = XsaveArea::of(&vm);
         for number in 0..count {
             let machine =
                 Machine { apic_id: number as u32, vcpus: count as u32, phys_bits, tsc_khz: clock.tsc_khz(), apic_enabled: true };
-            let fd = vm::create_vcpu(&vm, &machine)?;
+            let fd = vm::create_vcpu(&vm, &machine, &untrue)?;
             if number == 0 {
                 tsc = tsc::control(&fd)?;
             }
@@ -75,7 +67,7 @@ impl KvmEngine {
             vcpus.push(Vcpu { fd, number, phys_bits, xsave, timer, saved });
         }
         let sink = Arc::new(Sink::new(Arc::downgrade(&vm)));
-        Ok(Self { vcpus, sink, vm, _kvm: kvm, memory, bus, clock, control, eoi, tsc, foreign: true, broken: None })
+        Ok(Self { vcpus, sink, vm, _kvm: host.kvm, memory, bus, clock, control, eoi, tsc, foreign: true, broken: None })
     }
 
     /// Takes what was sent to standing vCPUs into their state.
@@ -110,8 +102,7 @@ impl KvmEngine {
         // A guest that has only seen the host's counter is not told another one, whatever it has written meanwhile.
         if self.foreign {
             if let Some(vcpu) = self.vcpus.iter().find(|v| v.msr(msr::TSC_ADJUST) != adjust) {
-                let what = format!("vCPU {} has another TSC_ADJUST than vCPU 0", vcpu.number);
-                return Err(failed("this host's KVM shows all vCPUs one TSC", what + " (use --engine software)"));
+                return Err(tsc::apart(vcpu.number));
             }
             let behind = self.clock.host_ahead(adjust).min(0).unsigned_abs();
             if behind > 0 {

@@ -1,7 +1,7 @@
 //! The KVM engine: the same machine, state and devices as the software engine, run by the processor.
 //!
 //! [`engine`] all vCPUs of a machine; [`threads`] one host thread each while they run, pausing and kicking; [`vm`] making a
-//! virtual machine; [`cpu`] one vCPU, [`convert`], [`fpu`], [`lapic`] where KVM's structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`tsc`] the guest's counter;
+//! virtual machine; [`cpu`] one vCPU, [`convert`], [`fpu`], [`lapic`] where KVM's structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`host`] whether a machine fits this host; [`tsc`] the guest's counter;
 //! [`probe`] whether this host's KVM can run an operating system.
 
 // Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
@@ -12,6 +12,7 @@ mod cpu;
 mod engine;
 mod exits;
 mod fpu;
+mod host;
 mod lapic;
 mod probe;
 mod sink;
@@ -20,6 +21,7 @@ mod tsc;
 mod vm;
 
 pub use engine::KvmEngine;
+pub use host::check;
 pub use probe::{Probe, probe};
 pub use tsc::TscControl;
 

@@ -4,9 +4,10 @@
 use std::time::Instant;
 
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use memory::{GuestMemory, RegionLayout};
 
+use crate::host::Host;
 use crate::tsc::{self, TscControl};
 
 /// What was found; `reason` is a sentence for people.
@@ -74,16 +75,21 @@ fn said<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) -> Result<T, St
 }
 
 fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
-    let kvm = said("opening /dev/kvm", Kvm::new())?;
+    let host = Host::open().map_err(|e| e.message)?;
+    let lacks = host.missing();
+    if !lacks.is_empty() {
+        return Err(format!("this host lacks what every guest is shown: {}", lacks.join(", ")));
+    }
+    let kvm = &host.kvm;
     let memory = said("memory", GuestMemory::new(&[RegionLayout { gpa: 0, size: SIZE }]))?;
     let vm = said("KVM_CREATE_VM", kvm.create_vm())?;
-    let host = said("memory", memory.host_range(0, SIZE))?;
+    let mapped = said("memory", memory.host_range(0, SIZE))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
         guest_phys_addr: 0,
         memory_size: SIZE,
-        userspace_addr: host.as_ptr() as u64,
+        userspace_addr: mapped.as_ptr() as u64,
     };
     // SAFETY: `memory` outlives the machine's last use, which is in this function.
     said("KVM_SET_USER_MEMORY_REGION", unsafe { vm.set_user_memory_region(region) })?;
@@ -94,19 +100,26 @@ fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
     tables(&memory)?;
 
     // The instructions first: they say more than a figure, and cost nothing.
-    let mut missing = Vec::new();
+    let mut missing: Vec<String> = Vec::new();
     for (name, code) in NEEDED {
         if let Err(why) = run(&mut fd, &memory, code)? {
-            missing.push(if why == UNKNOWN { name.to_string() } else { format!("{name} ({why})") });
+            missing.push(if why == UNKNOWN { (*name).into() } else { format!("{name} ({why})") });
         }
     }
     let rate = rate(&mut fd, &memory)?;
-    let speed = format!("kernel code at {:.1} million instructions a second", rate as f64 / 1e6);
+    let mut problems = Vec::new();
     if !missing.is_empty() {
-        return Err(format!("it cannot run in ring 0: {}; it runs {speed}", missing.join(", ")));
+        problems.push(format!("it cannot run in ring 0: {}", missing.join(", ")));
+    }
+    let lacks = host.unoffered();
+    if !lacks.is_empty() {
+        problems.push(format!("it does not offer to guests: {}", lacks.join(", ")));
     }
     if rate < FAST {
-        return Err(format!("it interprets {speed}"));
+        problems.push(format!("it interprets kernel code, at {:.1} million instructions a second", rate as f64 / 1e6));
+    }
+    if !problems.is_empty() {
+        return Err(problems.join("; "));
     }
     Ok(format!("it runs kernel code on the processor ({} million instructions a second)", rate / 1_000_000))
 }

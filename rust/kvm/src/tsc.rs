@@ -43,8 +43,7 @@ fn reported(fd: &VcpuFd) -> Option<u64> {
     (fd.get_msrs(&mut msrs) == Ok(1)).then(|| msrs.as_slice()[0].data)
 }
 
-#[cfg(target_arch = "x86_64")]
-fn host_ticks() -> u64 {
+pub(crate) fn host_ticks() -> u64 {
     // SAFETY: RDTSC has no preconditions in user mode on any host that we run on.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
@@ -73,6 +72,12 @@ pub(crate) fn moved_deadline(deadline: u64, shift: u64) -> u64 {
 
 /// How long a machine is made to wait for a host's counter that is behind the guest's.
 pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Why vCPUs cannot be shown TSCs of their own.
+pub(crate) fn apart(vcpu: usize) -> EngineError {
+    let what = format!("vCPU {vcpu} has another TSC_ADJUST than vCPU 0");
+    failed("this host's KVM shows all vCPUs one TSC", what + " (use --engine software)")
+}
 
 /// Why a guest's TSC cannot be shown by a KVM that shows the host's.
 pub(crate) fn behind(ticks: u64, khz: u64) -> EngineError {

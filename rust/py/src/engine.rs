@@ -226,11 +226,36 @@ fn kvm_refused(error: EngineError) -> PyErr {
     }
 }
 
-/// Whether this host's KVM can run an operating system, and the reason. Takes a few milliseconds.
+/// What was found of this host's KVM: (whether Linux can be expected to boot, the reason, whether `auto` takes it). Takes a
+/// few milliseconds.
 #[pyfunction]
-pub fn kvm_probe(py: Python<'_>) -> (bool, String) {
+pub fn kvm_probe(py: Python<'_>) -> (bool, String, bool) {
     let probe = py.detach(kvm::probe);
-    (probe.runs, probe.reason)
+    (probe.runs, probe.reason.clone(), probe.fit())
+}
+
+/// Says before anything is built whether a machine can be made, or one with these vCPUs' states can go on, on this host's KVM:
+/// raises `NotSupported` where it needs the software engine, `Incompatible` where no engine can take it.
+#[pyfunction]
+#[pyo3(signature = (clock, memory, *, vcpus, phys_bits, states=None))]
+pub fn kvm_check(
+    py: Python<'_>,
+    clock: &Clock,
+    memory: &Memory,
+    vcpus: usize,
+    phys_bits: u8,
+    states: Option<Vec<Bound<'_, PyAny>>>,
+) -> PyResult<()> {
+    let mut read: Vec<VcpuState> = Vec::new();
+    for (number, state) in states.unwrap_or_default().iter().enumerate() {
+        let refuse = |e: String| errors::raise("Incompatible", &format!("state of vCPU {number}: {e}"), &[]);
+        read.push(crate::saved::read(state).map_err(refuse)?);
+    }
+    let (clock, memory) = (&clock.clock, &memory.memory);
+    py.detach(|| kvm::check(clock, memory, vcpus, phys_bits, &read)).map_err(|e| match e.code {
+        "state" => errors::raise("Incompatible", &e.message, &[]),
+        _ => kvm_refused(e),
+    })
 }
 
 fn check(vcpu: usize, vcpus: usize) -> PyResult<()> {

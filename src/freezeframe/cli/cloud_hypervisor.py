@@ -146,7 +146,7 @@ class _Process:
     def _log(self) -> Log | None:
         level, path = self._values.get("v", 0), self._values.get("log-file")
         if not level and path is None:
-            return None  # nothing of ours is worth a warning yet
+            return None  # warnings go to stderr all the same
         from freezeframe.control.log import Log
 
         return Log(level, path)

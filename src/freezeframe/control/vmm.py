@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The release whose commands and REST API these are; clients look at it to know what they may ask for.
 COMPATIBLE_VERSION = "53.0.0"
 FILE_URL = "file://"
-INFO = 1  # a level of `control.log`, which is loaded only when there is a log
+WARN, INFO = 0, 1  # levels of `control.log`, which is loaded only when there is a log
 SENDING = ("Cannot send VM snapshot", "Failed to send migratable component snapshot")
 RECEIVING = ("Cannot restore VM", "Failed to receive migratable component snapshot")
 
@@ -91,6 +91,11 @@ class Vmm:
             self._events.emit(source, event)
 
     def log(self, level: int, text: str) -> None:
+        """A warning is written to stderr where there is no log."""
+        if self._log is None and level == WARN:
+            from freezeframe.control.log import Log
+
+            self._log = Log(WARN)
         if self._log is not None:
             self._log.write(level, text)
 
@@ -327,6 +332,9 @@ class Vmm:
 
     def _adopt(self, machine: Machine) -> None:
         self._machine = machine
+        self.log(INFO, f"CPU engine {machine.engine.name}: {machine.engine.reason}")
+        if machine.engine.warning is not None:
+            self.log(WARN, machine.engine.warning)
         _watch(machine, lambda reason: self._notices.put(lambda: self._stopped(machine, reason)))
 
     def _stopped(self, machine: Machine, reason: StopReason) -> int | None:

@@ -51,9 +51,10 @@ def build_for_boot(
         raise Refused("no kernel is given", hint="give one with --kernel")
     map_ = layout.address_map(config.memory.size, config.cpus.max_phys_bits)
     memory = _core.Memory(map_.regions)
-    start = _load(config, payload, memory, map_)
     host_khz = tsc.host_khz()
     clock = _core.Clock(host_khz or tsc.FALLBACK_KHZ, host_khz)
+    report = engines.settle(report, clock, memory, config.cpus, needs_software=_software_only(config))
+    start = _load(config, payload, memory, map_)
 
     def set_vcpu(engine: _core.Engine, number: int) -> None:
         if number == 0:
@@ -190,6 +191,7 @@ def _from_snapshot(
     if not isinstance(vcpus, list) or len(vcpus) != config.cpus.boot_vcpus:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise Incompatible(f"the snapshot does not have the states of {config.cpus.boot_vcpus} vCPUs")
     clock = make_clock(parts_state["clock"])
+    report = engines.settle(report, clock, memory, config.cpus, vcpus, needs_software=_software_only(config))
     opened = open_backends(config)
     try:
         if disk_check:
@@ -229,6 +231,11 @@ def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
     if report.name == "kvm":
         return _core.Engine.kvm(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits)
     return _core.Engine.software(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits, tier=report.tier)
+
+
+def _software_only(config: VmConfig) -> str | None:
+    """What of a machine only the software engine can do."""
+    return "8259 interrupt controller" if "PicPit" in (config.test_devices or ()) else None
 
 
 def _check(config: VmConfig) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class FakeEngine:
     name = "fake"
     reason = "tests asked for it"
+    warning = None
 
 
 class FakeStop:

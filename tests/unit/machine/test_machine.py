@@ -305,9 +305,55 @@ def test_reset_keeps_disks_and_console_files(config, tmp_path):
         assert serial.read_bytes() == b"ab"
 
 
+def found(monkeypatch, *, runs, fit):
+    """A /dev/kvm of which a trial says this."""
+    monkeypatch.delenv(engine.VARIABLE, raising=False)
+    monkeypatch.setattr(engine, "KVM_DEVICE", os.devnull)
+    monkeypatch.setattr(engine, "_measured", lambda: (runs, "it hums", fit))
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_auto_takes_kvm_where_the_trial_says_so(monkeypatch, fit):
+    found(monkeypatch, runs=True, fit=fit)
+    for asked in (None, "auto"):
+        report = engine.choose(asked)
+        assert (report.name, report.ours, report.warning) == ("kvm" if fit else "software", True, None)
+        assert report.reason == f"{os.devnull} was tried: it hums"
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_who_asks_for_kvm_gets_it_and_a_warning(monkeypatch, runs):
+    found(monkeypatch, runs=runs, fit=False)
+    report = engine.choose("kvm")
+    assert (report.name, report.ours) == ("kvm", False)
+    assert (report.warning is None) == runs
+    assert runs or report.warning == "Linux is not expected to boot on the kvm engine of this host: it hums"
+
+
+def test_a_machine_that_kvm_cannot_take_gets_the_software_engine_unless_kvm_was_asked_for(monkeypatch):
+    found(monkeypatch, runs=True, fit=True)
+    refused = []
+
+    def check(clock, memory, *, vcpus, phys_bits, states):
+        refused.append((vcpus, phys_bits, states))
+        raise NotSupported("the guest's TSC runs at another rate")
+
+    monkeypatch.setattr(_core, "kvm_check", check)
+    cpus = CpusConfig(boot_vcpus=1, max_vcpus=1)
+    report = engine.settle(engine.choose("auto"), None, None, cpus, [{}])
+    assert report.name == "software"
+    assert "it hums; but not for this machine: the guest's TSC runs at another rate" in report.reason
+    with pytest.raises(NotSupported, match="another rate"):
+        engine.settle(engine.choose("kvm"), None, None, cpus, [{}])
+    assert refused == [(cpus.boot_vcpus, cpus.max_phys_bits, [{}])] * 2
+    assert "8259" in engine.settle(engine.choose("auto"), None, None, cpus, needs_software="8259").reason
+    assert len(refused) == 2
+    software = engine.choose("software")
+    assert engine.settle(software, None, None, cpus) is software
+
+
 def test_engine_choice(monkeypatch):
     monkeypatch.delenv(engine.VARIABLE, raising=False)
-    assert engine.choose(None).name == "software"
     assert "/dev/kvm" in engine.choose("auto").reason
     assert "option" in engine.choose("software").reason
     monkeypatch.setattr(engine, "KVM_DEVICE", "/dev/no-such-device")
