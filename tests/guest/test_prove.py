@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 import freezeframe as ff
+from freezeframe import _core
 from freezeframe.cli.freezeframe import main
 from freezeframe.cli.prove_cmd import report
-from freezeframe.errors import Damaged, Incompatible, NotFound, Refused
-from freezeframe.machine import build_for_boot
+from freezeframe.errors import Damaged, Incompatible, IoFailed, NotFound, NotSupported, Refused
+from freezeframe.machine import build_for_boot, build_repeatable
 from freezeframe.proof import Input, Side, prove, read_inputs, replay, write_inputs
 from freezeframe.store import write_snapshot
 from freezeframe.testing import guests
@@ -231,6 +233,42 @@ def test_what_is_wrong_with_a_snapshot_is_said(tmp_path, capsys):
         prove(snapshot, 1000, disks={"_disk0": copy})
     assert main(["prove", str(snapshot), "--disk", f"_disk0={copy}"]) == 12
     assert "memory-region-0" in capsys.readouterr().err
+
+
+def test_a_guest_may_be_switched_off_by_its_button_at_a_count(tmp_path):
+    snapshot = frozen(tmp_path, guests.tick(size=0x1000))
+    with replay(snapshot) as run:
+        run.advance(1000)
+        run.press_power_button()
+        run.advance(1000)
+        log, digests = run.inputs, run.digests()
+    assert log == [Input(1000, "power-button")]
+    with replay(snapshot, inputs=log) as run:
+        run.advance(2000)
+        assert run.digests() == digests
+    with replay(snapshot) as run:
+        run.advance(2000)
+        assert run.digests() != digests
+
+
+def test_a_timer_that_follows_the_host_is_refused(tmp_path):
+    config = configured(tmp_path, guests.tick()).replace(test_devices=("PicPit",))
+    with pytest.raises(NotSupported, match="PIT"):
+        build_repeatable(config, {}, _core.Memory([(0, 64 * MIB)]))
+
+
+def test_the_format_of_logs_is_what_its_page_shows(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "formats" / "inputs.md").read_text()
+    example = re.search(r"```jsonl\n(.*?)```", page, re.DOTALL)[1]
+    path, again = tmp_path / "inputs", tmp_path / "again"
+    path.write_text(example)
+    found = read_inputs(path)
+    assert found[0] == Input(50_000_000, "__console", b"uname -a\n")
+    assert [i.device for i in found] == ["__console", "__serial", "power-button"]
+    write_inputs(again, found)
+    assert again.read_text() == example
+    with pytest.raises(IoFailed):
+        write_inputs(again, found)
 
 
 def test_a_log_of_inputs_that_is_none_is_refused(tmp_path):

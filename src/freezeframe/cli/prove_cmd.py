@@ -75,7 +75,7 @@ def run_prove(args: argparse.Namespace) -> int:
 def report(proof: Proof) -> str:
     """The outcome for people."""
     lines = [
-        f"{'run':<4} {'executed by':<12} {'seed':>6} {'seconds':>9} {'million/s':>10}",
+        f"{'run':<4} {'executed by':<12} {'seed':>6} {'CPU s':>9} {'million/s':>10}",
         *(
             f"{name:<4} {side.tier:<12} {side.seed:>6} {seconds:>9.2f} "
             f"{proof.instructions / 1e6 / seconds if seconds else 0:>10.0f}"

@@ -68,7 +68,7 @@ class Proof:
     """What came out. `same`: the runs were equal at every checkpoint; else `parting` says where they are not any more.
 
     `instructions`: how many both executed; fewer than `asked` when the guest ended by itself (`ended`: `poweroff`,
-    `reset`, or `asleep`: nothing but input would wake it). `seconds`: what each run took.
+    `reset`, or `asleep`: nothing but input would wake it). `seconds`: of CPU time that each run took.
     """
 
     __slots__ = ("asked", "checkpoints", "ended", "instructions", "parting", "seconds", "sides", "slept_ns")
@@ -119,7 +119,7 @@ class Proof:
 
 
 class Run:
-    """One side's machine, and what it cost."""
+    """One side's machine, and the seconds of CPU time that it took."""
 
     def __init__(self, made: Replay, side: Side) -> None:
         self.replay = made
@@ -127,14 +127,14 @@ class Run:
         self.seconds = 0.0
 
     def run_to(self, count: int) -> None:
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             if self.side.disturb is not None and self.replay.instructions <= self.side.disturb[0] < count:
                 self.replay.run_to(self.side.disturb[0])
                 self._disturb(self.side.disturb[1])
             self.replay.run_to(count)
         finally:
-            self.seconds += time.monotonic() - began
+            self.seconds += time.thread_time() - began
 
     def _disturb(self, address: int) -> None:
         memory = self.replay.machine.memory
