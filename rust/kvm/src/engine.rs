@@ -14,6 +14,7 @@ use vcpu::{Bus, Clock, Control, Engine, EngineConfig, EngineError, EoiListener, 
 
 use crate::convert::{self, msr_name};
 use crate::cpu::Vcpu;
+use crate::doorbells::Doorbells;
 use crate::exits::Outside;
 use crate::fpu::XsaveArea;
 use crate::host::Host;
@@ -28,6 +29,7 @@ pub struct KvmEngine {
     // The vCPUs before the virtual machine, that before the memory that it maps: fields are dropped in order.
     vcpus: Vec<Vcpu>,
     sink: Arc<Sink>,
+    doorbells: Doorbells,
     vm: Arc<VmFd>,
     _kvm: Kvm,
     memory: Arc<GuestMemory>,
@@ -67,7 +69,22 @@ impl KvmEngine {
             vcpus.push(Vcpu { fd, number, phys_bits, xsave, timer, saved });
         }
         let sink = Arc::new(Sink::new(Arc::downgrade(&vm)));
-        Ok(Self { vcpus, sink, vm, _kvm: host.kvm, memory, bus, clock, control, eoi, tsc, foreign: true, broken: None })
+        let doorbells = Doorbells::new(vm.clone())?;
+        Ok(Self {
+            vcpus,
+            sink,
+            doorbells,
+            vm,
+            _kvm: host.kvm,
+            memory,
+            bus,
+            clock,
+            control,
+            eoi,
+            tsc,
+            foreign: true,
+            broken: None,
+        })
     }
 
     /// Takes what was sent to standing vCPUs into their state.
@@ -197,7 +214,7 @@ impl Engine for KvmEngine {
         let stop = match self.begin() {
             Ok(()) => {
                 let outside = Outside { bus: &self.bus, memory: &self.memory, eoi: self.eoi.as_deref() };
-                threads::run(&mut self.vcpus, outside, &self.control)
+                threads::run(&mut self.vcpus, outside, &self.control, &self.doorbells)
             }
             Err(error) => {
                 self.sink.hold();

@@ -1,7 +1,8 @@
 //! The KVM engine: the same machine, state and devices as the software engine, run by the processor.
 //!
 //! [`engine`] all vCPUs of a machine; [`threads`] one host thread each while they run, pausing and kicking; [`vm`] making a
-//! virtual machine; [`cpu`] one vCPU, [`convert`], [`fpu`], [`lapic`] where KVM's structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`sink`] interrupts; [`host`] whether a machine fits this host; [`tsc`] the guest's counter;
+//! virtual machine; [`cpu`] one vCPU, [`convert`], [`fpu`], [`lapic`] where KVM's structures and `VcpuState` meet; [`exits`] what a vCPU thread does when the guest needs us; [`doorbells`] the guest's
+//! signals to devices, [`sink`] interrupts to the guest; [`host`] whether a machine fits this host; [`tsc`] the guest's counter;
 //! [`probe`] whether this host's KVM can run an operating system.
 
 // Bit expressions follow the manuals: shifts before ands before ors, without a parenthesis around each.
@@ -9,6 +10,7 @@
 
 mod convert;
 mod cpu;
+mod doorbells;
 mod engine;
 mod exits;
 mod fpu;

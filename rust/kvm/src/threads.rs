@@ -3,20 +3,24 @@
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
-use vcpu::{Control, EngineError, Stop};
+use vcpu::{Control, Doorbell, EngineError, Stop};
 
 use crate::cpu::Vcpu;
+use crate::doorbells::Doorbells;
 use crate::exits::{Outside, serve};
 use crate::failed;
 
 /// Runs the vCPUs until something asks for a stop. They stand between two instructions then.
-pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control) -> Stop {
+pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control, doorbells: &Doorbells) -> Stop {
     let shared = Shared {
         outside,
         control,
+        doorbells,
         devices: Mutex::new(()),
         stopping: AtomicBool::new(false),
         stop: Mutex::new(None),
@@ -24,27 +28,42 @@ pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control) -
     };
     // A stop that has been asked for already is obeyed before the first instruction.
     shared.service();
+    if let Err(e) = shared.follow_bus() {
+        return Stop::Failed(e);
+    }
     std::thread::scope(|scope| {
-        for vcpu in vcpus {
-            let shared = &shared;
-            let name = format!("vcpu{}", vcpu.number);
-            let made = std::thread::Builder::new().name(name).spawn_scoped(scope, move || {
-                let _gone = Gone(shared);
-                shared.vcpu(vcpu);
-            });
-            if let Err(e) = made {
-                shared.finish(Stop::Failed(EngineError::new("host", format!("no thread for a vCPU: {e}"))));
-                break;
-            }
-        }
+        let bells = start(scope, &shared, "doorbells".into(), || while doorbells.wait(|bell| shared.ring(bell)) {});
+        let threads: Vec<_> =
+            vcpus.iter_mut().map(|vcpu| start(scope, &shared, format!("vcpu{}", vcpu.number), || shared.vcpu(vcpu))).collect();
         while !shared.stopping.load(Ordering::Acquire) {
             shared.control.wait(None);
             shared.service();
         }
         shared.kick_all();
+        // A thread that broke has said so itself.
+        threads.into_iter().flatten().for_each(|vcpu| drop(vcpu.join()));
+        doorbells.quit();
+        bells.into_iter().for_each(|thread| drop(thread.join()));
+        // What the guest signalled at last is done still: its interrupts are in the state.
+        doorbells.rest(|bell| shared.ring(bell));
     });
     let stop = shared.stop.into_inner().unwrap_or_else(|e| e.into_inner());
     stop.unwrap_or_else(|| Stop::Failed(EngineError::new("host", "a vCPU thread ended without saying why")))
+}
+
+/// A thread of this run; one that the host does not give ends the run.
+fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    shared: &'scope Shared<'scope>,
+    name: String,
+    body: impl FnOnce() + Send + 'scope,
+) -> Option<ScopedJoinHandle<'scope, ()>> {
+    let made = std::thread::Builder::new().name(name).spawn_scoped(scope, move || {
+        let _gone = Gone(shared);
+        body();
+    });
+    let refused = |e| shared.finish(Stop::Failed(EngineError::new("host", format!("no thread for a machine: {e}"))));
+    made.map_err(refused).ok()
 }
 
 /// A vCPU thread that has ended, even by a panic: then the machine stops instead of waiting for it.
@@ -57,6 +76,9 @@ impl Drop for Gone<'_, '_> {
         }
     }
 }
+
+/// How long the kernel may take to notice that a timer has run out: many times what it does.
+const TIMER_LATENCY: Duration = Duration::from_micros(100);
 
 /// A running vCPU thread, for kicking it.
 struct Running {
@@ -72,6 +94,7 @@ unsafe impl Send for Running {}
 struct Shared<'a> {
     outside: Outside<'a>,
     control: &'a Control,
+    doorbells: &'a Doorbells,
     /// Held while a device works: devices are never entered by two threads at once, as on the software engine.
     devices: Mutex<()>,
     stopping: AtomicBool,
@@ -114,6 +137,20 @@ impl Shared<'_> {
         }
     }
 
+    /// Passes a doorbell on to its device.
+    fn ring(&self, bell: &Doorbell) {
+        let _one = self.devices();
+        bell.device.write(bell.offset, &[0; 2]);
+        if self.control.attention() {
+            self.service_locked();
+        }
+    }
+
+    /// Lets the kernel note doorbells where they are now. Not while somebody else changes the bus.
+    fn follow_bus(&self) -> Result<(), EngineError> {
+        self.doorbells.follow(self.outside.bus, |bell| bell.device.write(bell.offset, &[0; 2]))
+    }
+
     fn kick_all(&self) {
         for running in self.running().iter().flatten() {
             // SAFETY: see `Running`; the kernel reads the byte whenever it likes.
@@ -149,7 +186,10 @@ impl Shared<'_> {
             };
         }
         let _one = self.devices();
-        let served = serve(&mut vcpu.fd, vcpu.number, &self.outside);
+        let mut served = serve(&mut vcpu.fd, vcpu.number, &self.outside);
+        if served.is_ok() {
+            served = self.follow_bus().map_err(Stop::Failed);
+        }
         // A device may have asked for a stop: the guest must not see the next instruction then.
         if self.control.attention() {
             self.service_locked();
@@ -163,20 +203,30 @@ impl Shared<'_> {
         if !vcpu.timer.stopped(&vcpu.fd).map_err(Stop::Failed)? {
             return Ok(());
         }
-        // KVM makes a request of a timer that has run out only on its way into the guest. A pending signal takes it as far as that.
+        // The count is at its end; the kernel may come to notice only now. Twice: the first time takes the kernel's timer along to
+        // this processor.
+        self.request_timer(vcpu)?;
+        std::thread::sleep(TIMER_LATENCY);
+        self.request_timer(vcpu)
+    }
+
+    /// KVM makes a request of a timer that has run out only on its way into the guest. A pending signal takes it as far as that.
+    fn request_timer(&self, vcpu: &mut Vcpu) -> Result<(), Stop> {
         set_signal_mask(&vcpu.fd, true).map_err(Stop::Failed)?;
         mask_signal(libc::SIG_BLOCK);
         // SAFETY: this thread is alive.
         unsafe { libc::pthread_kill(libc::pthread_self(), signal()) };
         let came = vcpu.fd.run().is_ok();
-        if came {
-            let _one = self.devices();
-            serve(&mut vcpu.fd, vcpu.number, &self.outside)?;
-        }
         mask_signal(libc::SIG_UNBLOCK);
         set_signal_mask(&vcpu.fd, false).map_err(Stop::Failed)?;
-        vcpu.timer.stopped(&vcpu.fd).map_err(Stop::Failed)?;
-        if came { self.finish_io(vcpu) } else { Ok(()) }
+        if came {
+            {
+                let _one = self.devices();
+                serve(&mut vcpu.fd, vcpu.number, &self.outside)?;
+            }
+            self.finish_io(vcpu)?;
+        }
+        Ok(())
     }
 
     /// Finishes an unfinished I/O instruction, so that the state is one between two instructions.

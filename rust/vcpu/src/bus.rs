@@ -1,5 +1,6 @@
 //! Port and memory-mapped I/O: sorted ranges, each bound to one device. Both engines use the same bus.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 /// A device's registers. Offsets are relative to the range's base; `data` is 1, 2, 4 or 8 bytes, little endian.
@@ -9,6 +10,20 @@ use std::sync::{Arc, RwLock};
 pub trait Device: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     fn write(&self, offset: u64, data: &[u8]);
+
+    /// Offsets at which a write is but a signal, whatever is written: an engine may note several as one, and pass that on a
+    /// little later from another thread.
+    fn doorbells(&self) -> Vec<u64> {
+        Vec::new()
+    }
+}
+
+/// A device's doorbell where the guest sees it.
+#[derive(Clone)]
+pub struct Doorbell {
+    pub address: u64,
+    pub device: Arc<dyn Device>,
+    pub offset: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +51,7 @@ struct Range {
 pub struct Bus {
     pio: RwLock<Vec<Range>>,
     mmio: RwLock<Vec<Range>>,
+    generation: AtomicU64,
 }
 
 impl Bus {
@@ -44,6 +60,26 @@ impl Bus {
             Space::Pio => &self.pio,
             Space::Mmio => &self.mmio,
         }
+    }
+
+    fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Another number after each change of ranges.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// All doorbells in memory, at their addresses of this moment.
+    pub fn doorbells(&self) -> Vec<Doorbell> {
+        let ranges = self.mmio.read().unwrap_or_else(|e| e.into_inner());
+        let of = |range: &Range| {
+            let (base, len, device) = (range.base, range.len, range.device.clone());
+            let inside = range.device.doorbells().into_iter().filter(move |offset| *offset < len);
+            inside.map(move |offset| Doorbell { address: base + offset, device: device.clone(), offset }).collect::<Vec<_>>()
+        };
+        ranges.iter().flat_map(of).collect()
     }
 
     /// Claims `base..base + len`.
@@ -56,6 +92,8 @@ impl Bus {
             return Err(overlap);
         }
         ranges.insert(at, Range { base, len, device });
+        drop(ranges);
+        self.changed();
         Ok(())
     }
 
@@ -64,7 +102,10 @@ impl Bus {
         let mut ranges = self.ranges(space).write().unwrap_or_else(|e| e.into_inner());
         let before = ranges.len();
         ranges.retain(|r| r.base != base);
-        ranges.len() != before
+        let found = ranges.len() != before;
+        drop(ranges);
+        self.changed();
+        found
     }
 
     /// Frees every range, and with them the bus's hold on the devices.
@@ -74,6 +115,7 @@ impl Bus {
             let ranges = std::mem::take(&mut *self.ranges(space).write().unwrap_or_else(|e| e.into_inner()));
             drop(ranges);
         }
+        self.changed();
     }
 
     fn find(&self, space: Space, address: u64) -> Option<(Arc<dyn Device>, u64)> {

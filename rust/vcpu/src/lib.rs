@@ -15,7 +15,7 @@ pub mod msr;
 pub mod profile;
 pub mod state;
 
-pub use bus::{Bus, Device, Space};
+pub use bus::{Bus, Device, Doorbell, Space};
 pub use clock::{Clock, ClockState};
 pub use control::{Control, Work};
 pub use count::Count;

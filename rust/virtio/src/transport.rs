@@ -487,4 +487,8 @@ impl<D: VirtioDevice> Device for Transport<D> {
             _ => {}
         }
     }
+
+    fn doorbells(&self) -> Vec<u64> {
+        (0..self.sizes.len() as u64).map(|queue| NOTIFY + NOTIFY_MULTIPLIER * queue).collect()
+    }
 }
