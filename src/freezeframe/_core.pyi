@@ -255,6 +255,7 @@ class Engine:
         *,
         vcpus: int,
         phys_bits: int,
+        changes: Sequence[str] = ...,
         tier: str = "translator",
     ) -> Engine: ...
     @staticmethod
@@ -268,6 +269,7 @@ class Engine:
         *,
         vcpus: int,
         phys_bits: int,
+        changes: Sequence[str] = ...,
     ) -> Engine: ...
     @property
     def name(self) -> str: ...

@@ -197,6 +197,7 @@ pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> 
     });
     let table = |t: &kvm_dtable| Table { base: t.base, limit: t.limit };
     Ok(VcpuState {
+        pkru: 0,
         regs: Regs {
             rax: r.rax,
             rbx: r.rbx,
@@ -251,8 +252,11 @@ pub(crate) fn check_features(state: &VcpuState) -> Checked<()> {
     if state.xcr0 != 1 {
         return refuse("xcr0", format!("{:#x}: the CPU profile has no XSAVE, so only 0x1 is possible", state.xcr0));
     }
+    if state.pkru != 0 {
+        return refuse("pkru", format!("{:#x}: the CPU profile has no protection keys", state.pkru));
+    }
     for (name, value, allowed) in
-        [("cr4", state.sregs.cr4, profile::CR4_ALLOWED), ("efer", state.sregs.efer, profile::EFER_ALLOWED)]
+        [("cr4", state.sregs.cr4, profile::Switches::default().cr4_allowed()), ("efer", state.sregs.efer, profile::EFER_ALLOWED)]
     {
         if value & !allowed != 0 {
             return refuse(

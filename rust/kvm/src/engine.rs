@@ -8,7 +8,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use memory::GuestMemory;
 use vcpu::cpuid::Machine;
 use vcpu::msr;
-use vcpu::profile;
+use vcpu::profile::{self, Switches};
 use vcpu::state::{MpState, VcpuState};
 use vcpu::{Bus, Clock, Control, Engine, EngineConfig, EngineError, EoiListener, IrqSink, Stop};
 
@@ -48,7 +48,10 @@ impl KvmEngine {
     /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise. Reads and
     /// verifies all memory of a machine that was restored.
     pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
-        let EngineConfig { memory, bus, clock, control, vcpus: count, phys_bits, eoi } = config;
+        let EngineConfig { memory, bus, clock, control, vcpus: count, phys_bits, eoi, switches } = config;
+        if switches != Switches::default() {
+            return Err(EngineError::new("host", "changes of the CPU profile: only the software engine can make them"));
+        }
         let host = Host::open()?;
         host.check(&clock, count, phys_bits)?;
         threads::kick_signal()?;
@@ -58,8 +61,9 @@ impl KvmEngine {
         let mut tsc = TscControl::Offset;
         let xsave = XsaveArea::of(&vm);
         for number in 0..count {
+            let (apic_id, tsc_khz) = (number as u32, clock.tsc_khz());
             let machine =
-                Machine { apic_id: number as u32, vcpus: count as u32, phys_bits, tsc_khz: clock.tsc_khz(), apic_enabled: true };
+                Machine { apic_id, vcpus: count as u32, phys_bits, tsc_khz, apic_enabled: true, switches, keys_enabled: false };
             let fd = vm::create_vcpu(&vm, &machine, &untrue)?;
             if number == 0 {
                 tsc = tsc::control(&fd)?;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use vcpu::profile::Switches;
 use vcpu::{EngineConfig, EngineError, Stop, VcpuState};
 use x86::SoftwareEngine;
 
@@ -75,9 +76,10 @@ impl Engine {
 #[pymethods]
 impl Engine {
     /// The software engine, its vCPUs in their reset state: the first one at the reset vector, the others waiting for INIT. Connects
-    /// the I/O APIC and the message relay to its LAPICs. `tier`: what runs decoded blocks, `interpreter` or `translator`.
+    /// the I/O APIC and the message relay to its LAPICs. `tier`: what runs decoded blocks, `interpreter` or `translator`. `changes` of the CPU
+    /// profile: `+name` or `-name`.
     #[staticmethod]
-    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, tier="translator"))]
+    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, changes=vec![], tier="translator"))]
     #[allow(clippy::too_many_arguments)]
     fn software(
         memory: &Memory,
@@ -88,17 +90,18 @@ impl Engine {
         msi: &MsiRelay,
         vcpus: usize,
         phys_bits: u8,
+        changes: Vec<String>,
         tier: &str,
     ) -> PyResult<Self> {
         let tier = tier.parse().map_err(errors::refused)?;
-        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
+        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits, &changes)?;
         let made = SoftwareEngine::new(config, tier).map_err(|e| errors::refused(e.message))?;
         Ok(Self::connected(Either::Software(Box::new(made)), ioapic, msi))
     }
 
     /// The KVM engine, likewise. Raises `NotSupported` where this host's KVM cannot be used.
     #[staticmethod]
-    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits))]
+    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, changes=vec![]))]
     #[allow(clippy::too_many_arguments)]
     fn kvm(
         py: Python<'_>,
@@ -110,8 +113,9 @@ impl Engine {
         msi: &MsiRelay,
         vcpus: usize,
         phys_bits: u8,
+        changes: Vec<String>,
     ) -> PyResult<Self> {
-        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits);
+        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits, &changes)?;
         let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(kvm_refused)?;
         Ok(Self::connected(Either::Kvm(Box::new(made)), ioapic, msi))
     }
@@ -198,6 +202,7 @@ impl Engine {
 }
 
 /// What both engines are made for.
+#[allow(clippy::too_many_arguments)]
 fn config(
     memory: &Memory,
     bus: &Bus,
@@ -206,8 +211,9 @@ fn config(
     ioapic: &Ioapic,
     vcpus: usize,
     phys_bits: u8,
-) -> EngineConfig {
-    EngineConfig {
+    changes: &[String],
+) -> PyResult<EngineConfig> {
+    Ok(EngineConfig {
         memory: memory.memory.clone(),
         bus: bus.bus.clone(),
         clock: clock.clock.clone(),
@@ -215,7 +221,8 @@ fn config(
         vcpus,
         phys_bits,
         eoi: Some(ioapic.ioapic.clone()),
-    }
+        switches: Switches::changed(changes).map_err(errors::refused)?,
+    })
 }
 
 fn kvm_refused(error: EngineError) -> PyErr {

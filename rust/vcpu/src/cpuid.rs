@@ -1,6 +1,6 @@
 //! CPUID (AMD vol. 3, appendix E; leaf 0Bh as SDM vol. 2). One socket, one thread a core, APIC id = vCPU number.
 
-use crate::profile::{self, Word};
+use crate::profile::{self, Switches, Word};
 
 /// What CPUID depends on besides the profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +12,9 @@ pub struct Machine {
     pub tsc_khz: u64,
     /// IA32_APIC_BASE.EN: leaf 1 shows it.
     pub apic_enabled: bool,
+    pub switches: Switches,
+    /// CR4.PKE: leaf 7 shows it.
+    pub keys_enabled: bool,
 }
 
 const MAX_BASIC: u32 = 0x0d;
@@ -36,7 +39,7 @@ impl Machine {
     pub fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let v = profile::VENDOR;
         let vendor = [text(&v[0..]), text(&v[8..]), text(&v[4..])];
-        let word = profile::word;
+        let word = |which| self.switches.word(which);
         match leaf {
             0 => [MAX_BASIC, vendor[0], vendor[1], vendor[2]],
             1 => {
@@ -48,7 +51,7 @@ impl Machine {
             }
             // ARAT: the LAPIC timer runs in every idle state.
             6 => [1 << 2, 0, 0, 0],
-            7 if subleaf == 0 => [0, word(Word::Leaf7Ebx), 0, 0],
+            7 if subleaf == 0 => [0, word(Word::Leaf7Ebx), word(Word::Leaf7Ecx) | u32::from(self.keys_enabled) << 4, 0],
             0x0b => match subleaf {
                 0 => [0, 1, 1 << 8, self.apic_id],
                 1 => [self.id_bits(), self.vcpus, 2 << 8 | 1, self.apic_id],
@@ -105,7 +108,8 @@ mod tests {
     use super::*;
 
     fn machine(apic_id: u32, vcpus: u32) -> Machine {
-        Machine { apic_id, vcpus, phys_bits: 46, tsc_khz: 2_500_000, apic_enabled: true }
+        let (switches, keys_enabled) = (Switches::default(), false);
+        Machine { apic_id, vcpus, phys_bits: 46, tsc_khz: 2_500_000, apic_enabled: true, switches, keys_enabled }
     }
 
     #[test]

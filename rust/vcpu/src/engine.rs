@@ -9,6 +9,7 @@ use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::control::Control;
 use crate::irq::{EoiListener, IntrAcknowledge, IntrLine, IrqSink};
+use crate::profile::Switches;
 use crate::state::VcpuState;
 
 /// What an engine is made for, whichever it is.
@@ -22,6 +23,8 @@ pub struct EngineConfig {
     pub phys_bits: u8,
     /// Told of the end of level-triggered interrupts: the I/O APIC.
     pub eoi: Option<Arc<dyn EoiListener>>,
+    /// Changes of the CPU profile.
+    pub switches: Switches,
 }
 
 /// Why [`Engine::run`] came back. All vCPUs stand at an instruction boundary.

@@ -16,6 +16,8 @@ pub const MTRR_PHYS: u32 = 0x200;
 pub const PAT: u32 = 0x277;
 pub const MTRR_DEF_TYPE: u32 = 0x2ff;
 pub const TSC_DEADLINE: u32 = 0x6e0;
+/// Rights of the supervisor pages' protection keys; only where they are switched on, and saved only there.
+pub const PKRS: u32 = 0x6e1;
 pub const EFER: u32 = 0xc000_0080;
 pub const STAR: u32 = 0xc000_0081;
 pub const LSTAR: u32 = 0xc000_0082;
@@ -101,7 +103,7 @@ pub fn storable(index: u32, value: u64, phys_bits: u8) -> bool {
     let bytes = || value.to_le_bytes();
     match index {
         LSTAR | CSTAR | KERNEL_GS_BASE | FS_BASE | GS_BASE | SYSENTER_ESP | SYSENTER_EIP => canonical(value),
-        FMASK | TSC_AUX => value >> 32 == 0,
+        FMASK | TSC_AUX | PKRS => value >> 32 == 0,
         PAT => bytes().iter().all(|&t| matches!(t, 0 | 1 | 4..=7)),
         MTRR_DEF_TYPE => value & !0xcff == 0 && memory_type(value),
         MTRR_PHYS..0x210 => {

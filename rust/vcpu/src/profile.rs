@@ -14,10 +14,6 @@ pub const DEFAULT_PHYS_BITS: u8 = 46;
 /// The LAPIC timer's input, as KVM's.
 pub const LAPIC_KHZ: u32 = 1_000_000;
 
-/// SMAP is implemented; claiming it costs the guest a STAC and CLAC around each copy from user memory, and the engine's
-/// TLB may then not keep kernel translations of user pages.
-pub const CLAIM_SMAP: bool = false;
-
 /// A CPUID register that holds feature bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Word {
@@ -27,6 +23,8 @@ pub enum Word {
     Leaf1Ecx,
     /// 0000_0007:0 EBX
     Leaf7Ebx,
+    /// 0000_0007:0 ECX
+    Leaf7Ecx,
     /// 8000_0001 EDX
     Ext1Edx,
     /// 8000_0001 ECX
@@ -125,11 +123,71 @@ pub const FEATURES: &[Feature] = &[
 /// The claimed bits of one register.
 pub fn word(word: Word) -> u32 {
     FEATURES.iter().filter(|f| f.word == word).fold(0, |bits, f| bits | 1 << f.bit)
-        | if CLAIM_SMAP && word == Word::Leaf7Ebx { 1 << 20 } else { 0 }
 }
 
-/// Bits that CR4 takes: what the profile claims. Others are #GP.
-pub const CR4_ALLOWED: u64 = 1 << 2 // TSD
+/// What one machine's CPUs show more or less than the profile, for programs that test a CPU. Software engine only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Switches {
+    pub x2apic: bool,
+    /// Costs the guest a STAC and CLAC around each copy from user memory; kernel translations of user pages are then not kept.
+    pub smap: bool,
+    pub umip: bool,
+    /// Protection keys of user pages, and of supervisor pages.
+    pub pku: bool,
+    pub pks: bool,
+    pub rdpid: bool,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Self { x2apic: true, smap: false, umip: false, pku: false, pks: false, rdpid: false }
+    }
+}
+
+impl Switches {
+    /// `+name` and `-name`, the later ones last; `Err` names what there is no switch for.
+    pub fn changed(changes: &[impl AsRef<str>]) -> Result<Self, String> {
+        let mut switches = Self::default();
+        for change in changes {
+            let change = change.as_ref();
+            let on = change.starts_with('+');
+            let switch = match change.get(1..) {
+                Some("x2apic") => &mut switches.x2apic,
+                Some("smap") => &mut switches.smap,
+                Some("umip") => &mut switches.umip,
+                Some("pku") => &mut switches.pku,
+                Some("pks") => &mut switches.pks,
+                Some("rdpid") => &mut switches.rdpid,
+                _ => return Err(format!("{change:?} is not a change of the CPU profile")),
+            };
+            if !on && !change.starts_with('-') {
+                return Err(format!("{change:?} begins with neither + nor -"));
+            }
+            *switch = on;
+        }
+        Ok(switches)
+    }
+
+    /// As [`word`], with the switches.
+    pub fn word(&self, which: Word) -> u32 {
+        let bit = |on: bool, n: u32| u32::from(on) << n;
+        match which {
+            Word::Leaf1Ecx => word(which) & !(1 << 21) | bit(self.x2apic, 21),
+            Word::Leaf7Ebx => word(which) | bit(self.smap, 20),
+            Word::Leaf7Ecx => bit(self.umip, 2) | bit(self.pku, 3) | bit(self.rdpid, 22) | bit(self.pks, 31),
+            _ => word(which),
+        }
+    }
+
+    /// Bits that CR4 takes. Others are #GP.
+    pub fn cr4_allowed(&self) -> u64 {
+        let bit = |on: bool, n: u32| u64::from(on) << n;
+        CR4_ALLOWED | bit(self.umip, 11) | bit(self.smap, 21) | bit(self.pku, 22) | bit(self.pks, 24)
+    }
+}
+
+/// Bits that CR4 takes: what the profile claims.
+const CR4_ALLOWED: u64 = 1 << 2 // TSD
     | 1 << 3 // DE
     | 1 << 4 // PSE
     | 1 << 5 // PAE
@@ -138,8 +196,27 @@ pub const CR4_ALLOWED: u64 = 1 << 2 // TSD
     | 1 << 9 // OSFXSR
     | 1 << 10 // OSXMMEXCPT
     | 1 << 16 // FSGSBASE
-    | 1 << 20 // SMEP
-    | if CLAIM_SMAP { 1 << 21 } else { 0 };
+    | 1 << 20; // SMEP
 
 /// Bits that EFER takes: SCE, LME, LMA, NXE.
 pub const EFER_ALLOWED: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn switches() {
+        let none: [&str; 0] = [];
+        assert_eq!(Switches::changed(&none), Ok(Switches::default()));
+        assert_eq!(Switches::default().word(Word::Leaf1Ecx), word(Word::Leaf1Ecx));
+        assert_eq!(Switches::default().cr4_allowed(), CR4_ALLOWED);
+        let some = Switches::changed(&["+smap", "-x2apic", "+pku", "-pku"]).unwrap();
+        assert_eq!(some, Switches { smap: true, x2apic: false, ..Switches::default() });
+        assert_eq!(some.word(Word::Leaf7Ebx) >> 20 & 1, 1);
+        assert_eq!(some.word(Word::Leaf1Ecx) >> 21 & 1, 0);
+        for wrong in ["smap", "+avx", "", "=pku", "é"] {
+            assert!(Switches::changed(&[wrong]).is_err(), "{wrong}");
+        }
+    }
+}

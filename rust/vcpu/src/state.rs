@@ -5,6 +5,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+fn is_zero(value: &u32) -> bool {
+    *value == 0
+}
+
 macro_rules! saved {
     ($(#[$m:meta])* pub struct $name:ident { $($(#[$fm:meta])* pub $field:ident: $ty:ty,)* }) => {
         $(#[$m])*
@@ -101,6 +105,9 @@ saved! {
     pub struct VcpuState {
         pub regs: Regs, pub sregs: Sregs, pub fpu: Fpu, pub debug_regs: DebugRegs, pub lapic: Lapic, pub events: Events,
         pub mp_state: MpState, pub xcr0: u64,
+        /// Rights of the user pages' protection keys; left out when zero, as it is without them.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        pub pkru: u32,
         /// MSRs by number written as `0x…` hexadecimal (TSC as value at the moment the clock stopped).
         pub msrs: BTreeMap<String, u64>,
     }

@@ -8,7 +8,7 @@ use crate::core::{Core, Exception};
 use crate::events::Reinject;
 use crate::lapic::{APIC_BASE_EN, APIC_BASE_EXTD, LVT_WRITABLE, Lapic};
 use crate::msr;
-use crate::profile;
+use crate::profile::{self, Switches};
 use crate::segments::canonical;
 use crate::state::{Activity, CS, Cpu, DS, ES, F80, FS, GS, SS, Segment, Table, flags};
 
@@ -197,8 +197,15 @@ impl Core {
         let d = &c.dr;
         let debug_regs = saved::DebugRegs { db: [d[0], d[1], d[2], d[3]], dr6: d[6], dr7: d[7] };
         let lapic = self.save_lapic();
-        let msrs = msr::SAVED.iter().filter_map(|&i| Some((msr_name(i), self.read_msr(i)?))).collect();
-        VcpuState { regs, sregs, fpu, debug_regs, lapic, events, mp_state, xcr0: 1, msrs }
+        let pkru = c.pkru;
+        let msrs = self.saved_msrs().filter_map(|i| Some((msr_name(i), self.read_msr(i)?)));
+        let msrs = msrs.collect();
+        VcpuState { regs, sregs, fpu, debug_regs, lapic, events, mp_state, xcr0: 1, pkru, msrs }
+    }
+
+    /// The MSRs of this machine's state.
+    fn saved_msrs(&self) -> impl Iterator<Item = u32> + use<> {
+        msr::SAVED.iter().copied().chain(self.shared.switches.pks.then_some(msr::PKRS))
     }
 
     fn save_lapic(&self) -> saved::Lapic {
@@ -253,7 +260,11 @@ impl Core {
 
     fn check(&self, s: &VcpuState) -> Checked<Restored> {
         let mut cpu = Cpu::default();
-        check_control(s, self.shared.phys_bits, &mut cpu)?;
+        check_control(s, self.shared.phys_bits, self.shared.switches, &mut cpu)?;
+        if s.pkru != 0 && !self.shared.switches.pku {
+            return refuse("pkru", format!("{:#x}: this machine has no protection keys", s.pkru));
+        }
+        cpu.pkru = s.pkru;
         check_segments(s, &mut cpu)?;
         check_regs(s, &mut cpu)?;
         check_fpu(s, &mut cpu)?;
@@ -284,11 +295,11 @@ impl Core {
 
     fn check_msrs(&self, s: &VcpuState, r: &mut Restored) -> Checked<()> {
         for name in s.msrs.keys() {
-            if !msr::SAVED.iter().any(|&i| msr_name(i) == *name) {
+            if !self.saved_msrs().any(|i| msr_name(i) == *name) {
                 return refuse(&format!("msrs.{name}"), "not an MSR of this CPU profile");
             }
         }
-        for &index in msr::SAVED {
+        for index in self.saved_msrs() {
             let name = msr_name(index);
             let field = format!("msrs.{name}");
             let Some(&value) = s.msrs.get(&name) else { return refuse(&field, "is missing") };
@@ -308,6 +319,7 @@ impl Core {
                         return refuse(&field, format!("{value:#x} lies {ahead} ticks after the machine's clock"));
                     }
                 }
+                msr::PKRS => r.cpu.pkrs = value as u32,
                 msr::TSC_DEADLINE => r.lapic.tsc_deadline = value,
                 msr::KVM_SYSTEM_TIME => r.kvmclock.system_time = value,
                 msr::KVM_WALL_CLOCK => r.kvmclock.wall_clock = value,
@@ -329,6 +341,9 @@ impl Core {
         reserved("sregs.apic_base", base, !(!0u64 << self.shared.phys_bits | 0xff | 1 << 9))?;
         if base & (APIC_BASE_EN | APIC_BASE_EXTD) == APIC_BASE_EXTD {
             return refuse("sregs.apic_base", format!("{base:#x} is in x2APIC mode without being enabled"));
+        }
+        if base & APIC_BASE_EXTD != 0 && !self.shared.switches.x2apic {
+            return refuse("sregs.apic_base", format!("{base:#x}: this machine has no x2APIC mode"));
         }
         l.base = base;
         let v = &s.lapic;
@@ -400,7 +415,7 @@ impl Core {
 
 const CR0_DEFINED: u64 = 0xe005_003f;
 
-fn check_control(s: &VcpuState, phys_bits: u8, cpu: &mut Cpu) -> Checked<()> {
+fn check_control(s: &VcpuState, phys_bits: u8, switches: Switches, cpu: &mut Cpu) -> Checked<()> {
     let r = &s.sregs;
     reserved("sregs.cr0", r.cr0, CR0_DEFINED)?;
     let bit = |v: u64, n: u32| v >> n & 1 != 0;
@@ -413,7 +428,7 @@ fn check_control(s: &VcpuState, phys_bits: u8, cpu: &mut Cpu) -> Checked<()> {
     if !bit(r.cr0, 4) {
         return refuse("sregs.cr0", format!("{:#x} lacks ET, which is always one", r.cr0));
     }
-    reserved("sregs.cr4", r.cr4, profile::CR4_ALLOWED)?;
+    reserved("sregs.cr4", r.cr4, switches.cr4_allowed())?;
     reserved("sregs.efer", r.efer, profile::EFER_ALLOWED)?;
     let (lme, lma) = (bit(r.efer, 8), bit(r.efer, 10));
     if lma != (lme && bit(r.cr0, 31)) {

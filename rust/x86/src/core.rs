@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use memory::{GuestMemory, MemoryError};
+use vcpu::profile::Switches;
 use vcpu::{Bus, Clock, Control, EngineError, EoiListener};
 
 use crate::apics::Apics;
@@ -67,12 +68,14 @@ pub struct Shared {
     pub apics: Arc<Apics>,
     /// Physical address bits that CPUID shows and page tables may use.
     pub phys_bits: u8,
+    /// Changes of the CPU profile.
+    pub switches: Switches,
     /// What runs decoded blocks.
     pub tier: Tier,
 }
 
 impl Shared {
-    /// `eoi` is told of the end of level-triggered interrupts. The tier is the default one.
+    /// `eoi` is told of the end of level-triggered interrupts. Profile and tier are the default ones.
     pub fn new(
         memory: Arc<GuestMemory>,
         bus: Arc<Bus>,
@@ -83,7 +86,7 @@ impl Shared {
         eoi: Option<Arc<dyn EoiListener>>,
     ) -> Self {
         let apics = Arc::new(Apics::new(vcpus, control.clone(), eoi));
-        Self { memory, bus, clock, control, apics, phys_bits, tier: Tier::default() }
+        Self { memory, bus, clock, control, apics, phys_bits, switches: Switches::default(), tier: Tier::default() }
     }
 }
 

@@ -63,7 +63,7 @@ impl SoftwareEngine {
     /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise.
     /// `tier`: what runs decoded blocks.
     pub fn new(config: EngineConfig, tier: Tier) -> Result<Self, EngineError> {
-        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi } = config;
+        let EngineConfig { memory, bus, clock, control, vcpus, phys_bits, eoi, switches } = config;
         if vcpus == 0 || vcpus > MAX_VCPUS {
             return Err(EngineError::new("host", format!("{vcpus} vCPUs: the software engine runs 1 to {MAX_VCPUS}")));
         }
@@ -72,7 +72,7 @@ impl SoftwareEngine {
         }
         exec::host::supported()
             .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
-        let shared = Arc::new(Shared { tier, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
+        let shared = Arc::new(Shared { tier, switches, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
         Ok(Self {
             shared,

@@ -25,6 +25,8 @@ const CR4_PAE: u64 = 1 << 5;
 const CR4_PGE: u64 = 1 << 7;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const CR4_PKS: u64 = 1 << 24;
 const EFER_NXE: u64 = 1 << 11;
 
 /// Outside 64-bit code: a linear address with this bit stands for one that its segment forbids. It is in no TLB entry, so that
@@ -638,6 +640,9 @@ impl Core {
             if mark && !self.permitted(kind, user, rights, writable, allows_user, no_exec) {
                 return Err(self.page_fault(lin, kind, user, true, false));
             }
+            if mark && self.key_forbids(entry, kind, user, allows_user) {
+                return Err(self.key_fault(lin, kind, user));
+            }
             if mark {
                 let want = entry | A | if kind == Kind::Write { D } else { 0 };
                 if want != entry {
@@ -672,6 +677,31 @@ impl Core {
             }
         }
         kind != Kind::Write || writable || cpu.cr0 & CR0_WP == 0
+    }
+
+    /// Whether the page's protection key forbids an access that everything else permits (SDM vol. 3, 4.6.2).
+    #[inline]
+    fn key_forbids(&self, entry: u64, kind: Kind, user: bool, allows_user: bool) -> bool {
+        let cpu = &self.cpu;
+        if cpu.cr4 & (CR4_PKE | CR4_PKS) == 0 || kind == Kind::Fetch || !cpu.long_mode() {
+            return false;
+        }
+        let rights = match (allows_user, cpu.cr4 & CR4_PKE != 0, cpu.cr4 & CR4_PKS != 0) {
+            (true, true, _) => cpu.pkru,
+            (false, _, true) => cpu.pkrs,
+            _ => return false,
+        };
+        let key = rights >> (2 * (entry >> 59 & 15));
+        key & 1 != 0 || key & 2 != 0 && kind == Kind::Write && (user || cpu.cr0 & CR0_WP != 0)
+    }
+
+    #[cold]
+    fn key_fault(&mut self, lin: u64, kind: Kind, user: bool) -> Fault {
+        let fault = self.page_fault(lin, kind, user, true, false);
+        if let Some(Pending::Exception(exception)) = &mut self.fault {
+            exception.error = exception.error.map(|e| e | 1 << 5);
+        }
+        fault
     }
 
     /// A paging structure entry; where there is no RAM the bus answers all ones, whose reserved bits fault.

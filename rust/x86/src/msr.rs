@@ -64,6 +64,7 @@ impl Core {
             TSC_DEADLINE => self.lapic.tsc_deadline,
             APIC_BASE => self.lapic.base,
             EFER => self.cpu.efer,
+            PKRS if self.shared.switches.pks => u64::from(self.cpu.pkrs),
             FS_BASE => self.cpu.seg[FS].base,
             GS_BASE => self.cpu.seg[GS].base,
             0x800..0x900 => {
@@ -115,13 +116,19 @@ impl Core {
             }
             APIC_BASE => {
                 let shared = self.shared.clone();
-                let refused = self.lapic.set_base(value, shared.phys_bits, &shared.apics).is_err();
+                let absent = value & crate::lapic::APIC_BASE_EXTD != 0 && !shared.switches.x2apic;
+                let refused = absent || self.lapic.set_base(value, shared.phys_bits, &shared.apics).is_err();
                 if !refused {
                     self.lapic_moved();
                 }
                 refused
             }
             EFER => return self.write_efer(value),
+            PKRS if self.shared.switches.pks => {
+                self.cpu.pkrs = value as u32;
+                self.flush_tlb_all();
+                false
+            }
             FS_BASE | GS_BASE => {
                 let seg = if index == FS_BASE { FS } else { GS };
                 self.cpu.seg[seg].base = value;
@@ -204,6 +211,8 @@ impl Core {
             phys_bits: self.shared.phys_bits,
             tsc_khz: self.shared.clock.tsc_khz(),
             apic_enabled: self.lapic.enabled(),
+            switches: self.shared.switches,
+            keys_enabled: self.cpu.cr4 >> 22 & 1 != 0,
         }
         .cpuid(leaf, subleaf)
     }

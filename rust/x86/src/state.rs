@@ -186,6 +186,9 @@ pub struct Cpu {
     pub cr4: u64,
     pub efer: u64,
     pub dr: [u64; 8],
+    /// Rights of the protection keys, user and supervisor: two bits each, access disabled and write disabled.
+    pub pkru: u32,
+    pub pkrs: u32,
     pub msr: Msrs,
     /// Low quadword first in memory order: `xmm[i] as u128` is little endian.
     pub xmm: [u128; 16],

@@ -99,6 +99,7 @@ impl Guest {
                 vcpus,
                 phys_bits: 46,
                 eoi: None,
+                switches: Default::default(),
             },
             tier,
         )

@@ -57,6 +57,7 @@ impl Run {
                 vcpus: 1,
                 phys_bits: 46,
                 eoi: None,
+                switches: Default::default(),
             },
             x86::Tier::default(),
         )

@@ -85,6 +85,7 @@ fn sleeper(vcpus: usize) -> Sleeper {
             vcpus,
             phys_bits: 46,
             eoi: None,
+            switches: Default::default(),
         },
         x86::Tier::default(),
     )

@@ -158,6 +158,7 @@ fn engine(contents: &[u8], states: &[VcpuState], ioapic: IoapicState) -> (Softwa
             vcpus: states.len(),
             phys_bits: 46,
             eoi: Some(ioapic.clone()),
+            switches: Default::default(),
         },
         x86::Tier::default(),
     )

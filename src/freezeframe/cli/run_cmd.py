@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from freezeframe.config.vm import CPU_FEATURES
 from freezeframe.errors import FreezeframeError, Refused
 
 TYPE_CHECKING = False
@@ -33,6 +34,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--initramfs", "--initrd", metavar="FILE", help="initramfs; the one module of a multiboot image")
     add("--cmdline", metavar="TEXT", help="command line of the kernel")
     add("--cpus", type=int, default=1, metavar="N", help="virtual CPUs (default: %(default)s)")
+    add("--cpu", metavar="LIST", help=f"change what the CPUs show: +NAME or -NAME of {', '.join(CPU_FEATURES)}")
     add("--memory", default="512M", metavar="SIZE", help="RAM, with suffix K, M or G (default: %(default)s)")
     add(
         "--disk",
@@ -139,10 +141,20 @@ def _config(args: argparse.Namespace) -> VmConfig:
     if args.multiboot:
         assert config.payload is not None
         config = config.replace(payload=config.payload.replace(multiboot=True))
+    if args.cpu:
+        config = config.replace(cpus=config.cpus.replace(changes=_changes(args.cpu)))
     config = config.replace(test_devices=_devices(args.test_devices))
     validate(config)
     refuse_unsupported(config)
     return config
+
+
+def _changes(text: str) -> tuple[str, ...]:
+    changes = tuple(text.split(","))
+    for change in changes:
+        if change[:1] not in ("+", "-") or change[1:] not in CPU_FEATURES:
+            raise Refused(f"no change of the CPU {change!r}", hint=f"+ or - and one of {', '.join(CPU_FEATURES)}")
+    return changes
 
 
 def _devices(text: str | None) -> tuple[str, ...] | None:

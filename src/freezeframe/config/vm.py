@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     ImageType = Literal["FixedVhd", "Qcow2", "Raw", "Vhdx", "Unknown"]
     LockGranularity = Literal["ByteRange", "Full"]
     VhostMode = Literal["Client", "Server"]
+    CpuChange = str
     TestDevice = Literal["Testdev", "DebugExit", "FwCfg", "PicPit"]
     ConsoleMode = Literal["Off", "Pty", "Tty", "File", "Socket", "Null"]
 
@@ -27,6 +28,8 @@ DEFAULT_MEMORY = 512 * MIB
 DEFAULT_MAX_PHYS_BITS = 46
 DEFAULT_RNG_SOURCE = "/dev/urandom"
 
+# Features that can be switched on or off (rust/vcpu/src/profile.rs).
+CPU_FEATURES = ("x2apic", "smap", "umip", "pku", "pks", "rdpid")
 # pc-testdev; isa-debug-exit; QEMU's firmware configuration; the 8259s and the 8254.
 TEST_DEVICES = ("Testdev", "DebugExit", "FwCfg", "PicPit")
 
@@ -37,6 +40,7 @@ Record.VARIANTS = {
     "ImageType": ("FixedVhd", "Qcow2", "Raw", "Vhdx", "Unknown"),
     "LockGranularity": ("ByteRange", "Full"),
     "VhostMode": ("Client", "Server"),
+    "CpuChange": tuple(sign + name for name in CPU_FEATURES for sign in "+-"),
     "TestDevice": TEST_DEVICES,
     "ConsoleMode": ("Off", "Pty", "Tty", "File", "Socket", "Null"),
     "MemoryRestoreMode": ("Copy", "OnDemand"),
@@ -61,7 +65,10 @@ class CpuTopology(Record):
 
 
 class CpusConfig(Record):
-    """`profile` is ours to default: `Portable` is the same CPU on every host; `Host` all that the engine can offer."""
+    """`profile` is ours to default: `Portable` is the same CPU on every host; `Host` all that the engine can offer.
+
+    `changes` is ours: what the CPUs show more or less than the profile, for programs that test a CPU.
+    """
 
     boot_vcpus: U32
     max_vcpus: U32
@@ -73,6 +80,7 @@ class CpusConfig(Record):
     nested: bool = True
     core_scheduling: CoreScheduling = "Vm"
     profile: CpuProfile = "Portable"
+    changes: tuple[CpuChange, ...] | None = None
 
 
 class PlatformConfig(Record):

@@ -228,9 +228,10 @@ def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int],
 def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
     connected = (parts.memory, parts.bus, parts.clock, parts.control, parts.ioapic, parts.msi)
     cpus = parts.config.cpus
+    shape: dict[str, Any] = {"vcpus": cpus.boot_vcpus, "phys_bits": cpus.max_phys_bits, "changes": cpus.changes or ()}
     if report.name == "kvm":
-        return _core.Engine.kvm(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits)
-    return _core.Engine.software(*connected, vcpus=cpus.boot_vcpus, phys_bits=cpus.max_phys_bits, tier=report.tier)
+        return _core.Engine.kvm(*connected, **shape)
+    return _core.Engine.software(*connected, **shape, tier=report.tier)
 
 
 def _software_only(config: VmConfig) -> str | None:

@@ -126,6 +126,7 @@ impl Board {
             vcpus: self.vcpus,
             phys_bits: 46,
             eoi: None,
+            switches: Default::default(),
         })
     }
 

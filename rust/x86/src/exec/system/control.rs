@@ -6,7 +6,6 @@ use super::in_memory;
 use super::segment::store_word;
 use crate::core::{Core, DB, GP, UD};
 use crate::insn::{Fault, Flow, Handler, Insn};
-use crate::profile::CR4_ALLOWED;
 use crate::segments::canonical;
 use crate::state::{Activity, CS, CodeSize, RAX, RBX, RCX, RDX, Segment, flags};
 
@@ -22,8 +21,9 @@ const CR4_DE: u64 = 1 << 3;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_PCE: u64 = 1 << 8;
 const CR4_FSGSBASE: u64 = 1 << 16;
-/// PSE, PAE, PGE, SMEP, SMAP: what translations depend on.
-const CR4_PAGING: u64 = 1 << 4 | CR4_PAE | 1 << 7 | 1 << 20 | 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+/// PSE, PAE, PGE, SMEP, SMAP, PKE, PKS: what translations depend on.
+const CR4_PAGING: u64 = 1 << 4 | CR4_PAE | 1 << 7 | 1 << 20 | 1 << 21 | CR4_PKE | 1 << 24;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const DR6_FIXED: u64 = 0xffff_0ff0;
@@ -139,7 +139,7 @@ impl Core {
     }
 
     fn write_cr4(&mut self, value: u64) -> Result<(), Fault> {
-        if value & !CR4_ALLOWED != 0 || self.cpu.long_mode() && value & CR4_PAE == 0 {
+        if value & !self.shared.switches.cr4_allowed() != 0 || self.cpu.long_mode() && value & CR4_PAE == 0 {
             return Err(self.raise(GP, Some(0)));
         }
         let old = self.cpu.cr4;
@@ -195,6 +195,7 @@ pub fn select_smsw(instr: &Instruction) -> Handler {
     if in_memory(instr, 0) { smsw::<true> } else { smsw::<false> }
 }
 fn smsw<const MEM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    core.not_prevented()?;
     store_word::<MEM>(core, i, core.cpu.cr0)
 }
 
@@ -331,7 +332,7 @@ pub fn write_base<const SEG: usize>(core: &mut Core, i: &Insn) -> Result<Flow, F
 
 /// STAC, CLAC.
 pub fn set_ac<const SET: bool>(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
-    if core.cpu.cpl != 0 {
+    if core.cpu.cpl != 0 || !core.shared.switches.smap {
         return Err(core.raise(UD, None));
     }
     if SET {
@@ -339,6 +340,39 @@ pub fn set_ac<const SET: bool>(core: &mut Core, _: &Insn) -> Result<Flow, Fault>
     } else {
         core.cpu.flags &= !flags::AC;
     }
+    Ok(Flow::Next)
+}
+
+/// RDPKRU and WRPKRU want CR4.PKE, and ECX = 0.
+fn may_use_keys(core: &mut Core) -> Result<(), Fault> {
+    if core.cpu.cr4 & CR4_PKE == 0 {
+        return Err(core.raise(UD, None));
+    }
+    if core.cpu.r32(RCX as u8) != 0 { Err(core.raise(GP, Some(0))) } else { Ok(()) }
+}
+
+pub fn rdpkru(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+    may_use_keys(core)?;
+    put_edx_eax(core, u64::from(core.cpu.pkru));
+    Ok(Flow::Next)
+}
+
+pub fn wrpkru(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
+    may_use_keys(core)?;
+    if core.cpu.r32(RDX as u8) != 0 {
+        return Err(core.raise(GP, Some(0)));
+    }
+    core.cpu.pkru = core.cpu.r32(RAX as u8);
+    core.flush_tlb_all();
+    Ok(Flow::Leave)
+}
+
+pub fn rdpid(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    if !core.shared.switches.rdpid {
+        return Err(core.raise(UD, None));
+    }
+    let value = core.cpu.msr.tsc_aux & 0xffff_ffff;
+    result(core, i.r[0], value);
     Ok(Flow::Next)
 }
 

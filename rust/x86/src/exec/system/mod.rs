@@ -11,8 +11,9 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use crate::core::{Core, GP};
 use crate::insn::{Fault, Handler, Insn};
-use crate::profile;
 use crate::state::{CodeSize, GPR_BLOCK};
+
+const CR4_UMIP: u64 = 1 << 11;
 
 pub fn select(instr: &Instruction) -> Option<Handler> {
     Some(match instr.mnemonic() {
@@ -50,8 +51,11 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         M::Rdgsbase => control::read_base::<{ crate::state::GS }>,
         M::Wrfsbase => control::write_base::<{ crate::state::FS }>,
         M::Wrgsbase => control::write_base::<{ crate::state::GS }>,
-        M::Stac if profile::CLAIM_SMAP => control::set_ac::<true>,
-        M::Clac if profile::CLAIM_SMAP => control::set_ac::<false>,
+        M::Stac => control::set_ac::<true>,
+        M::Clac => control::set_ac::<false>,
+        M::Rdpkru => control::rdpkru,
+        M::Wrpkru => control::wrpkru,
+        M::Rdpid => control::rdpid,
         M::Vmcall | M::Vmmcall => control::hypercall,
         M::Swapgs => syscall::swapgs,
         M::Syscall => syscall::syscall,
@@ -82,6 +86,12 @@ impl Core {
     fn next_rip(&self, i: &Insn) -> u64 {
         let next = self.cpu.gpr[usize::from(GPR_BLOCK)].wrapping_add(u64::from(i.off) + u64::from(i.len));
         if self.cpu.code_size == CodeSize::Bits64 { next } else { next & 0xffff_ffff }
+    }
+
+    /// #GP(0) for what CR4.UMIP forbids outside ring 0: SGDT, SIDT, SLDT, SMSW, STR.
+    #[inline(always)]
+    fn not_prevented(&mut self) -> Result<(), Fault> {
+        if self.cpu.cr4 & CR4_UMIP != 0 && self.cpu.cpl != 0 { Err(self.raise(GP, Some(0))) } else { Ok(()) }
     }
 
     /// #GP(0) unless CPL is 0.

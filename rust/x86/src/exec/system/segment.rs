@@ -152,6 +152,7 @@ pub fn load_table<const GDT: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fa
 
 /// SGDT, SIDT.
 pub fn store_table<const GDT: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    core.not_prevented()?;
     let table = if GDT { core.cpu.gdtr } else { core.cpu.idtr };
     let mut bytes = [0u8; 10];
     bytes[..2].copy_from_slice(&table.limit.to_le_bytes());
@@ -212,10 +213,12 @@ pub(super) fn store_word<const MEM: bool>(core: &mut Core, i: &Insn, value: u64)
 }
 fn sldt<const MEM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     protected_only(core)?;
+    core.not_prevented()?;
     store_word::<MEM>(core, i, u64::from(core.cpu.ldtr.selector))
 }
 fn str_<const MEM: bool>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     protected_only(core)?;
+    core.not_prevented()?;
     store_word::<MEM>(core, i, u64::from(core.cpu.tr.selector))
 }
 
