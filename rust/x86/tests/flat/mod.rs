@@ -50,6 +50,11 @@ pub struct Caught {
 impl Machine {
     /// `code` at [`CODE`], RSP at [`STACK`], everything mapped writable for supervisor and user.
     pub fn new(code: &[u8]) -> Self {
+        Self::changed(code, &[])
+    }
+
+    /// As [`Machine::new`], with changes of the CPU profile.
+    pub fn changed(code: &[u8], changes: &[&str]) -> Self {
         let memory = Arc::new(GuestMemory::new(&[RegionLayout { gpa: 0, size: RAM }]).unwrap());
         let w = |at: u64, v: u64| memory.write(at, &v.to_le_bytes()).unwrap();
         w(PML4, PDPT | P | W | U);
@@ -71,7 +76,8 @@ impl Machine {
         memory.write(CODE, code).unwrap();
         let clock = Arc::new(Clock::new(1_000_000, 0));
         let shared = Shared::new(memory.clone(), Arc::new(Bus::default()), clock, Arc::new(Control::default()), 1, 40, None);
-        let mut core = Core::new(Arc::new(shared), 0);
+        let switches = vcpu::profile::Switches::changed(changes).unwrap();
+        let mut core = Core::new(Arc::new(Shared { switches, ..shared }), 0);
         let cpu = &mut core.cpu;
         cpu.cr0 = 0x8001_0031;
         cpu.cr3 = PML4;
