@@ -22,38 +22,46 @@ LIMIT_S = 900
 
 
 class Row:
-    """A test as unittests.cfg has it: image, CPUs, arguments, and how many checks pass."""
+    """A test as unittests.cfg has it: image, CPUs, arguments, changes of the CPU; and how many checks pass."""
 
-    def __init__(self, name: str, image: str, passing: int, *, cpus: int = 1, arguments: str = "", apic: bool = False):
+    def __init__(self, name: str, image: str, passing: int, *, cpus: int = 1, arguments: str = "", cpu: str = ""):
         self.name = name
         self.image = image
         self.passing = passing
         self.cpus = cpus
         self.arguments = arguments
+        self.cpu = cpu
         # TEST_DEVICE=0 leaves out what only KVM has: interrupts between CPUs by hypercall.
-        self.environment = f"NR_CPUS={cpus}\nMEMSIZE=128\n" + ("TEST_DEVICE=0\n" if apic else "")
+        self.environment = f"NR_CPUS={cpus}\nMEMSIZE=128\n" + ("TEST_DEVICE=0\n" if image == "apic" else "")
 
 
+# QEMU's `-cpu max`, as far as it goes here.
+MAX = "+smap,+umip,+pku,+pks,+rdpid"
 ROWS = [
     Row("dummy", "dummy", 0),
     Row("setjmp", "setjmp", 10),
     Row("idt_test", "idt_test", 4),
     Row("memory", "memory", 4),
     Row("rdpru", "rdpru", 1),
-    Row("tsc", "tsc", 3),
+    Row("tsc", "tsc", 6, cpu=MAX),
     Row("sieve", "sieve", 0),
     Row("rmap_chain", "rmap_chain", 1),
-    Row("umip", "umip", 11),
+    Row("umip", "umip", 21, cpu="+umip"),
+    Row("umip-absent", "umip", 11),
     Row("debug", "debug", 25),
     Row("eventinj", "eventinj", 13),
     Row("access", "access_test", 1),
+    Row("smap", "smap", 18, cpu=MAX),
+    Row("pku", "pku", 7, cpu=MAX),
+    Row("pks", "pks", 7, cpu=MAX),
     Row("msr", "msr", 1808),
     Row("xsave", "xsave", 4),
     Row("syscall", "syscall", 2),
     Row("la57", "la57", 49),
     Row("pcid", "pcid", 2),
     Row("tsc_adjust", "tsc_adjust", 6),
-    Row("x2apic", "apic", 55, cpus=2, apic=True),
+    Row("x2apic", "apic", 55, cpus=2),
+    Row("xapic", "apic", 43, cpus=2, cpu="-x2apic"),
     Row("ioapic", "ioapic", 30, cpus=4),
     Row("smptest", "smptest", 1, cpus=2),
     Row("smptest3", "smptest", 1, cpus=3),
@@ -75,6 +83,7 @@ ROWS_I386 = [
     Row("cmpxchg8b", "cmpxchg8b", 1),
     Row("emulator", "emulator", 84),
     Row("eventinj", "eventinj", 15),
+    Row("smap", "smap", 18, cpu=MAX),
     Row("taskswitch", "taskswitch", 0),
     Row("taskswitch2", "taskswitch2", 13),
     Row("setjmp", "setjmp", 10),
@@ -83,9 +92,9 @@ ROWS_I386 = [
     Row("realmode", "realmode", 127),
     Row("smptest", "smptest", 1, cpus=2),
     Row("smptest3", "smptest", 1, cpus=3),
-    Row("tsc", "tsc", 3),
+    Row("tsc", "tsc", 6, cpu=MAX),
     Row("tsc_adjust", "tsc_adjust", 6),
-    Row("umip", "umip", 11),
+    Row("umip", "umip", 21, cpu="+umip"),
 ]
 
 
@@ -107,6 +116,7 @@ def run(suite: str, row: Row, tmp_path) -> None:
     words = [installed("freezeframe"), "run", "--multiboot", "--test-devices", "--no-reboot", "--memory", "128M"]
     words += ["--kernel", os.path.join(suite, "x86", f"{row.image}.flat"), "--initramfs", str(environment)]
     words += ["--cpus", str(row.cpus), "--cmdline", row.arguments, "--timeout", str(LIMIT_S)]
+    words += [f"--cpu={row.cpu}"] * bool(row.cpu)
     done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     lines = done.stdout.decode(errors="replace").splitlines()
     assert not [line for line in lines if line.startswith("FAIL")]

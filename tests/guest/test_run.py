@@ -126,3 +126,10 @@ def test_the_kvm_engine_says_what_it_lacks(images, tmp_path):
     done = run(*machine(images / "few"), "--engine", "kvm", "--timeout", 5)
     assert done.returncode == 1
     assert "8259" in done.stderr or "/dev/kvm" in done.stderr
+
+
+def test_changes_of_the_cpu_must_be_known(images):
+    done = run(*machine(images / "few"), "--cpu=+avx512")
+    assert done.returncode == 1
+    assert "no change of the CPU '+avx512'" in done.stderr
+    assert run(*machine(images / "few"), "--cpu=-x2apic,+smap", "--cmdline", "0").returncode == 1

@@ -16,7 +16,7 @@ use crate::tier::Tier;
 
 /// Instructions of one turn: about 0.2 ms, which bounds how late a timer or an IPI to another vCPU can be.
 const SLICE: u64 = 50_000;
-/// While another vCPU spins: what it waits for may be done any moment.
+/// While another vCPU spins, or has just sent this one an interrupt: what it waits for may be done any moment.
 const SHORT_SLICE: u64 = 5_000;
 /// Between two steps of a clock that catches up: time for each vCPU's timer interrupt.
 const STEP_EVERY: Duration = Duration::from_micros(250);
@@ -158,7 +158,9 @@ impl SoftwareEngine {
             return Ok(Turn::Idle);
         }
         let others = self.spinners - usize::from(self.spinning[n]);
-        let exit = core.run(&mut self.cache, if others > 0 { SHORT_SLICE } else { SLICE });
+        // Who sent this vCPU an interrupt may wait for its answer, with or without PAUSE.
+        let mail = self.shared.apics.count() > 1 && self.shared.apics.mailbox(n).posted();
+        let exit = core.run(&mut self.cache, if others > 0 || mail { SHORT_SLICE } else { SLICE });
         let spins = matches!(exit, RunExit::Pause);
         self.ended(n, spins, exit)
     }
