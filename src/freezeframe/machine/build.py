@@ -236,6 +236,8 @@ def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
 
 def _software_only(config: VmConfig) -> str | None:
     """What of a machine only the software engine can do."""
+    if config.cpus.changes:
+        return f"other CPU profile ({','.join(config.cpus.changes)})"
     return "8259 interrupt controller" if "PicPit" in (config.test_devices or ()) else None
 
 
