@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_run};
 use kvm_ioctls::VcpuFd;
 use vcpu::{Control, Doorbell, EngineError, Stop};
 
@@ -205,9 +205,17 @@ impl Shared<'_> {
         }
         // The count is at its end; the kernel may come to notice only now. Twice: the first time takes the kernel's timer along to
         // this processor.
+        let was = activity(&vcpu.fd)?;
         self.request_timer(vcpu)?;
         std::thread::sleep(TIMER_LATENCY);
-        self.request_timer(vcpu)
+        self.request_timer(vcpu)?;
+        // A halted vCPU is woken by the request. It has not executed anything, and will be woken again.
+        let now = activity(&vcpu.fd)?;
+        if (was.0, now.0) == (KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE) && was.1 == now.1 && !now.2 {
+            let halted = kvm_mp_state { mp_state: KVM_MP_STATE_HALTED };
+            vcpu.fd.set_mp_state(halted).map_err(|e| Stop::Failed(failed("KVM_SET_MP_STATE", e)))?;
+        }
+        Ok(())
     }
 
     /// KVM makes a request of a timer that has run out only on its way into the guest. A pending signal takes it as far as that.
@@ -244,6 +252,15 @@ impl Shared<'_> {
         vcpu.fd.set_kvm_immediate_exit(0);
         served
     }
+}
+
+/// A vCPU's activity state, where it is, and whether an interrupt is on its way in.
+fn activity(fd: &VcpuFd) -> Result<(u32, u64, bool), Stop> {
+    let lost = |what| move |e| Stop::Failed(failed(what, e));
+    let state = fd.get_mp_state().map_err(lost("KVM_GET_MP_STATE"))?.mp_state;
+    let at = fd.get_regs().map_err(lost("KVM_GET_REGS"))?.rip;
+    let events = fd.get_vcpu_events().map_err(lost("KVM_GET_VCPU_EVENTS"))?;
+    Ok((state, at, events.interrupt.injected != 0))
 }
 
 /// The signal that ends a KVM_RUN; nothing else uses it, and it does nothing.
