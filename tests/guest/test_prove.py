@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from freezeframe.cli.freezeframe import main
 from freezeframe.cli.prove_cmd import report
 from freezeframe.errors import Damaged, Incompatible, IoFailed, NotFound, NotSupported, Refused
 from freezeframe.machine import build_for_boot, build_repeatable
-from freezeframe.proof import Input, Side, prove, read_inputs, replay, write_inputs
+from freezeframe.proof import Input, Side, compare, prove, read_inputs, replay, write_inputs
 from freezeframe.store import write_snapshot
 from freezeframe.testing import guests
 from freezeframe.testing.tiny import MIB, configured, serial
@@ -130,6 +133,35 @@ def test_input_is_logged_and_repeated_and_the_disk_stays(tmp_path):
     # Without them it waits.
     assert prove(snapshot, 200_000_000).ended == "asleep"
     assert contents(disk, *sorted(snapshot.iterdir())) == before
+
+
+def test_digests_that_follow_memory_are_those_of_all_of_it(tmp_path):
+    snapshot = frozen(tmp_path, guests.smp(4), 4)
+    with replay(snapshot) as run:
+        for _ in range(20):
+            run.advance(50_000)
+            assert run.digests() == run.digests()
+        followed = run.digests()
+        assert run.digests(afresh=True) == followed
+
+
+def test_an_interrupt_ends_it(tmp_path, monkeypatch):
+    snapshot = frozen(tmp_path, guests.tick())
+    made = []
+    monkeypatch.setattr(compare, "replay", lambda *a, **kw: made.append(replay(*a, **kw)) or made[-1])
+    main_thread = threading.main_thread().ident
+
+    def press():
+        deadline = time.monotonic() + 60
+        while len(made) < 2 or not made[1].machine._parts.clock.counts()[0]:
+            assert time.monotonic() < deadline
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        prove(snapshot, 10**12, every=10**12)
+    pressing.join()
 
 
 def test_another_seed_is_found_where_it_is_first_used(tmp_path):

@@ -98,9 +98,12 @@ class RepeatableMachine:
             "devices": {**{name: device.state() for name, device in parts.devices.items()}, "disk writes": trails},
         }
 
-    def memory_digest(self) -> bytes:
-        """BLAKE3 of all RAM. The first call looks at all that was touched, later ones at what was written since."""
-        if self._contents is None:
+    def memory_digest(self, *, afresh: bool = False) -> bytes:
+        """BLAKE3 of all RAM. The first call looks at all that was touched, later ones at what was written since.
+
+        `afresh`: looks at everything again, also at what nobody said that it was written.
+        """
+        if self._contents is None or afresh:
             self._contents = _core.MemoryContents(self.memory, self._parts.engine)
         return self._contents.update(self._parts.engine)
 

@@ -183,14 +183,14 @@ class Pair:
                     error.hint = f"the {run.side.tier}, after {run.replay.instructions} instructions"
                 raise error
 
-    def same(self) -> Digests | None:
-        """The digests of both; None when they differ."""
+    def same(self, *, afresh: bool = False) -> Digests | None:
+        """The digests of both; None when they differ. `afresh`: see `Replay.digests`."""
         a, b = (run.replay for run in self.runs)
         if (a.instructions, a.ended) != (b.instructions, b.ended):
             # Of each, for whoever asks where they differ.
             a.digests(), b.digests()
             return None
-        mine, other = a.digests(), b.digests()
+        mine, other = a.digests(afresh=afresh), b.digests(afresh=afresh)
         return mine if mine == other else None
 
     def __enter__(self) -> Pair:  # noqa: PYI034 - typing.Self costs an import
@@ -239,13 +239,14 @@ def prove(
         parted_at = None
         for count in counts:
             pair.run_to(count)
-            digests = pair.same()
+            last = count == instructions or pair.runs[0].replay.ended is not None
+            digests = pair.same(afresh=last)
             if digests is None:
                 parted_at = count
                 break
             checkpoints.append(Checkpoint(pair.runs[0].replay.instructions, digests))
             say(f"{checkpoints[-1].at} instructions: equal")
-            if pair.runs[0].replay.ended is not None:
+            if last:
                 break
         first = pair.runs[0].replay
         facts: dict[str, Any] = {

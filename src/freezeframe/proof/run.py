@@ -110,10 +110,11 @@ class Replay:
         """Everything but memory."""
         return self._machine.state()
 
-    def digests(self) -> Digests:
-        """Of the machine as it stands."""
+    def digests(self, *, afresh: bool = False) -> Digests:
+        """Of the machine as it stands. Memory that was written is followed; `afresh` looks at all of it instead."""
         state = self._machine.state()
-        return Digests(_digest(state["cpu"]), _digest(state["devices"]), self._machine.memory_digest().hex())
+        memory = self._machine.memory_digest(afresh=afresh)
+        return Digests(_digest(state["cpu"]), _digest(state["devices"]), memory.hex())
 
     def interrupt(self) -> None:
         """Makes an `advance` on another thread come back soon."""
