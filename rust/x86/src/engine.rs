@@ -147,8 +147,17 @@ impl SoftwareEngine {
         Ok(())
     }
 
+    /// Instructions of a turn of vCPU `n` that begins now.
+    fn slice(&self, n: usize) -> u64 {
+        let others = self.spinners - usize::from(self.spinning[n]);
+        // Who sent this vCPU an interrupt may wait for its answer, with or without PAUSE.
+        let mail = self.shared.apics.count() > 1 && self.shared.apics.mailbox(n).posted();
+        if others > 0 || mail { SHORT_SLICE } else { SLICE }
+    }
+
     /// One vCPU's turn.
     fn turn(&mut self, n: usize) -> Result<Turn, Stop> {
+        let slice = self.slice(n);
         let core = &mut self.cores[n];
         let clock = &self.shared.clock;
         if core.lapic.timer_armed() {
@@ -157,10 +166,7 @@ impl SoftwareEngine {
         if core.cpu.activity != Activity::Running && !core.event_pending() {
             return Ok(Turn::Idle);
         }
-        let others = self.spinners - usize::from(self.spinning[n]);
-        // Who sent this vCPU an interrupt may wait for its answer, with or without PAUSE.
-        let mail = self.shared.apics.count() > 1 && self.shared.apics.mailbox(n).posted();
-        let exit = core.run(&mut self.cache, if others > 0 || mail { SHORT_SLICE } else { SLICE });
+        let exit = core.run(&mut self.cache, slice);
         let spins = matches!(exit, RunExit::Pause);
         self.ended(n, spins, exit)
     }
@@ -201,9 +207,9 @@ impl SoftwareEngine {
     /// One vCPU's turn, or the rest of one that the limit cut: it goes on as if nothing had been. A turn also ends when the vCPU's own
     /// timer is due.
     fn counted_turn(&mut self, n: usize, count: &Count) -> Result<Turn, Stop> {
+        let slice = self.slice(n);
         let core = &mut self.cores[n];
         let clock = &self.shared.clock;
-        let others = self.spinners - usize::from(self.spinning[n]);
         let whole = match std::mem::take(&mut self.rest) {
             0 => {
                 if core.lapic.timer_armed() {
@@ -212,7 +218,6 @@ impl SoftwareEngine {
                 if core.cpu.activity != Activity::Running && !core.event_pending() {
                     return Ok(Turn::Idle);
                 }
-                let slice = if others > 0 { SHORT_SLICE } else { SLICE };
                 let timer = core.lapic.timer_left(clock.tsc(), core.tsc_adjust);
                 slice.min(timer.map_or(u64::MAX, |ticks| count.until(ticks).div_ceil(NS_PER_INSTRUCTION).max(1)))
             }
