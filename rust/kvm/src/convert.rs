@@ -6,7 +6,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use vcpu::EngineError;
-use vcpu::state::{DebugRegs, Events, MpState, Regs, Segment, Sregs, Table, VcpuState};
+use vcpu::state::{DebugRegs, Events, Lapic, MpState, Regs, Segment, Sregs, Table, VcpuState};
 use vcpu::{msr, profile};
 
 use crate::failed;
@@ -154,6 +154,17 @@ fn load_events(e: &Events) -> Checked<kvm_vcpu_events> {
     Ok(k)
 }
 
+/// An interrupt that KVM has taken out of the LAPIC but not delivered becomes a request again: nothing has happened yet.
+fn take_back(mut lapic: Lapic, events: &mut kvm_vcpu_events) -> Lapic {
+    let (word, bit) = (usize::from(events.interrupt.nr) >> 5, 1 << (events.interrupt.nr & 31));
+    if events.interrupt.injected != 0 && events.interrupt.soft == 0 && lapic.isr[word] & bit != 0 {
+        lapic.isr[word] &= !bit;
+        lapic.irr[word] |= bit;
+        events.interrupt.injected = 0;
+    }
+    lapic
+}
+
 const MP_STATES: [MpState; 5] =
     [MpState::Runnable, MpState::Uninitialized, MpState::InitReceived, MpState::Halted, MpState::SipiReceived];
 
@@ -173,7 +184,8 @@ pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> 
     let read = get_msrs(fd)?;
     // After the MSRs: the deadline that counts is the one that is read with it.
     let (lapic, armed) = lapic::capture(fd, s.apic_base & X2APIC != 0, timer, || get_msr(fd, msr::TSC_DEADLINE))?;
-    let events = fd.get_vcpu_events().map_err(|e| failed("KVM_GET_VCPU_EVENTS", e))?;
+    let mut events = fd.get_vcpu_events().map_err(|e| failed("KVM_GET_VCPU_EVENTS", e))?;
+    let lapic = take_back(lapic, &mut events);
     if events.smi.smm != 0 || events.smi.pending != 0 {
         return refuse("events.smi", "the vCPU is in system management mode, which machines do not have");
     }

@@ -211,7 +211,7 @@ impl Shared<'_> {
         self.request_timer(vcpu)?;
         // A halted vCPU is woken by the request. It has not executed anything, and will be woken again.
         let now = activity(&vcpu.fd)?;
-        if (was.0, now.0) == (KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE) && was.1 == now.1 && !now.2 {
+        if (was.0, now.0) == (KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE) && was.1 == now.1 {
             let halted = kvm_mp_state { mp_state: KVM_MP_STATE_HALTED };
             vcpu.fd.set_mp_state(halted).map_err(|e| Stop::Failed(failed("KVM_SET_MP_STATE", e)))?;
         }
@@ -254,13 +254,12 @@ impl Shared<'_> {
     }
 }
 
-/// A vCPU's activity state, where it is, and whether an interrupt is on its way in.
-fn activity(fd: &VcpuFd) -> Result<(u32, u64, bool), Stop> {
+/// A vCPU's activity state, and where it is.
+fn activity(fd: &VcpuFd) -> Result<(u32, u64), Stop> {
     let lost = |what| move |e| Stop::Failed(failed(what, e));
     let state = fd.get_mp_state().map_err(lost("KVM_GET_MP_STATE"))?.mp_state;
     let at = fd.get_regs().map_err(lost("KVM_GET_REGS"))?.rip;
-    let events = fd.get_vcpu_events().map_err(lost("KVM_GET_VCPU_EVENTS"))?;
-    Ok((state, at, events.interrupt.injected != 0))
+    Ok((state, at))
 }
 
 /// The signal that ends a KVM_RUN; nothing else uses it, and it does nothing.
