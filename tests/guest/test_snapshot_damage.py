@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 
+from freezeframe import _core
 from freezeframe.testing.guests import tick
 from freezeframe.testing.process import Vmm
 
@@ -49,10 +51,24 @@ def wait_empty(vmm: Vmm) -> None:
         assert vmm.process.poll() is None, vmm.errors.text
 
 
-def test_a_flipped_bit_stops_the_machine_at_first_touch(snapshot, tmp_path):
+ENGINES = [
+    "software",
+    pytest.param(
+        "kvm",
+        marks=pytest.mark.skipif(
+            not os.access("/dev/kvm", os.R_OK | os.W_OK) or _core.faults_unavailable() is not None,
+            reason="no /dev/kvm, or no userfaultfd",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_flipped_bit_stops_the_machine_at_first_touch(snapshot, tmp_path, engine):
     at = BASE + SIZE - 5000
     flip(snapshot / "memory-region-0", at)
-    with Vmm(["--restore", f"source_url=file://{snapshot}"], socket=tmp_path / "s.sock") as vmm:
+    arguments = ["--engine", engine, "--restore", f"source_url=file://{snapshot}"]
+    with Vmm(arguments, socket=tmp_path / "s.sock") as vmm:
         vmm.wait_ready()
         vmm.remote("resume")
         assert vmm.wait() == 1
@@ -64,15 +80,19 @@ def test_a_flipped_bit_stops_the_machine_at_first_touch(snapshot, tmp_path):
         assert vmm.console.text.count("T ") <= 1
 
 
-def test_a_flipped_bit_is_found_at_once_by_copy(taken, snapshot, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_flipped_bit_is_found_at_once_by_copy(taken, snapshot, tmp_path, engine):
     flip(snapshot / "memory-region-0", BASE)
-    with Vmm([], socket=tmp_path / "s.sock") as vmm:
+    with Vmm(["--engine", engine], socket=tmp_path / "s.sock") as vmm:
         wait_empty(vmm)
         refused = vmm.remote("restore", f"source_url=file://{snapshot},memory_restore_mode=copy", check=False)
         assert refused.returncode == 1
         assert f"{snapshot}/memory-region-0, chunk {BASE // CHUNK}" in refused.stderr
         assert vmm.remote("info", check=False).returncode == 1
         vmm.remote("restore", f"source_url=file://{taken}")
+        info = json.loads(vmm.remote("info").stdout)
+        assert info["engine"]["name"] == engine
+        assert info["restored"]["memory_restore_mode"] == "OnDemand"
         vmm.remote("resume")
         vmm.console.expect(r"^T \d+\nT \d+\n")
 

@@ -1,11 +1,12 @@
 //! All vCPUs of a machine on KVM, one host thread each while they run.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VmFd};
-use memory::GuestMemory;
+use memory::{GuestMemory, MemoryError, OnDamage};
 use vcpu::cpuid::Machine;
 use vcpu::msr;
 use vcpu::profile::{self, Switches};
@@ -20,8 +21,12 @@ use crate::fpu::XsaveArea;
 use crate::host::Host;
 use crate::lapic::Timer;
 use crate::sink::Sink;
+use crate::threads::{self, Gate};
 use crate::tsc::{self, TscControl};
-use crate::{failed, threads, vm};
+use crate::{failed, vm};
+
+/// The code of an error that says that memory is not what was saved.
+const DAMAGED: &str = "damaged";
 
 /// Guarantees: outside [`Engine::run`] no vCPU thread exists, every vCPU stands at an instruction boundary with its last I/O
 /// finished, and state can be read any number of times without change; only one device works at a time.
@@ -38,15 +43,34 @@ pub struct KvmEngine {
     control: Arc<Control>,
     eoi: Option<Arc<dyn EoiListener>>,
     tsc: TscControl,
+    gate: Arc<Gate>,
     /// Whether the vCPUs' states come from elsewhere: these guests have not seen this engine's TSC yet.
     foreign: bool,
     /// Why the machine cannot run: a vCPU whose state is lost.
     broken: Option<EngineError>,
 }
 
+/// Stops the machine for damaged memory.
+struct Damage {
+    control: Arc<Control>,
+    gate: Arc<Gate>,
+}
+
+impl OnDamage for Damage {
+    fn damaged(&self, error: MemoryError) {
+        let code = if matches!(error, MemoryError::Damaged { .. }) { DAMAGED } else { "host" };
+        self.gate.lost.store(true, Ordering::Release);
+        self.control.request_stop(Stop::Failed(EngineError::new(code, error.to_string())));
+    }
+
+    fn stopped(&self) -> bool {
+        !self.gate.open.load(Ordering::Acquire)
+    }
+}
+
 impl KvmEngine {
-    /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise. Reads and
-    /// verifies all memory of a machine that was restored.
+    /// vCPU 0 starts at the reset vector, the others wait for SIPI, until [`Engine::set_state`] says otherwise. Memory of
+    /// a machine that was restored is verified when it is touched, or now where the kernel does not tell us of that.
     pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
         let EngineConfig { memory, bus, clock, control, vcpus: count, phys_bits, eoi, switches } = config;
         if switches != Switches::default() {
@@ -55,6 +79,14 @@ impl KvmEngine {
         let host = Host::open()?;
         host.check(&clock, count, phys_bits)?;
         threads::kick_signal()?;
+        let gate = Arc::new(Gate::default());
+        if memory.serve_faults(Box::new(Damage { control: control.clone(), gate: gate.clone() })).is_err() {
+            // Who wants to know why asked beforehand ([`GuestMemory::faults_unavailable`]).
+            for region in memory.regions() {
+                let layout = region.layout();
+                memory.host_range(layout.gpa, layout.size).map_err(|e| EngineError::new(DAMAGED, e.to_string()))?;
+            }
+        }
         let vm = vm::create(&host.kvm, &memory)?;
         let untrue = host.untrue();
         let mut vcpus = Vec::with_capacity(count);
@@ -86,6 +118,7 @@ impl KvmEngine {
             control,
             eoi,
             tsc,
+            gate,
             foreign: true,
             broken: None,
         })
@@ -148,6 +181,14 @@ impl KvmEngine {
     fn begin(&mut self) -> Result<(), EngineError> {
         if let Some(broken) = &self.broken {
             return Err(broken.clone());
+        }
+        if self.gate.lost.load(Ordering::Acquire) {
+            let lost = match self.control.service() {
+                Some(Stop::Failed(error)) => error,
+                _ => EngineError::new(DAMAGED, "memory of the snapshot is damaged"),
+            };
+            self.broken = Some(lost.clone());
+            return Err(lost);
         }
         if self.tsc == TscControl::Host {
             self.follow_host()?;
@@ -218,7 +259,7 @@ impl Engine for KvmEngine {
         let stop = match self.begin() {
             Ok(()) => {
                 let outside = Outside { bus: &self.bus, memory: &self.memory, eoi: self.eoi.as_deref() };
-                threads::run(&mut self.vcpus, outside, &self.control, &self.doorbells)
+                threads::run(&mut self.vcpus, outside, &self.control, &self.doorbells, &self.gate)
             }
             Err(error) => {
                 self.sink.hold();
@@ -226,6 +267,15 @@ impl Engine for KvmEngine {
                 return Stop::Failed(error);
             }
         };
+        if let Stop::Failed(error) = &stop
+            && self.gate.lost.load(Ordering::Acquire)
+        {
+            // The guest may have been given something else than what was saved: nothing of it counts any more.
+            self.sink.hold();
+            self.clock.pause();
+            self.broken = Some(error.clone());
+            return stop;
+        }
         match self.end() {
             Ok(()) => stop,
             Err(error) => {

@@ -15,14 +15,24 @@ use crate::doorbells::Doorbells;
 use crate::exits::{Outside, serve};
 use crate::failed;
 
+/// What the vCPUs of a machine may do.
+#[derive(Default)]
+pub(crate) struct Gate {
+    /// They may execute the guest; else they do not come to it any more.
+    pub open: AtomicBool,
+    /// Memory is damaged: what they may still ask for does not count.
+    pub lost: AtomicBool,
+}
+
 /// Runs the vCPUs until something asks for a stop. They stand between two instructions then.
-pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control, doorbells: &Doorbells) -> Stop {
+pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control, doorbells: &Doorbells, gate: &Gate) -> Stop {
     let shared = Shared {
         outside,
         control,
         doorbells,
         devices: Mutex::new(()),
         stopping: AtomicBool::new(false),
+        gate,
         stop: Mutex::new(None),
         running: Mutex::new((0..vcpus.len()).map(|_| None).collect()),
     };
@@ -31,6 +41,7 @@ pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control, d
     if let Err(e) = shared.follow_bus() {
         return Stop::Failed(e);
     }
+    gate.open.store(true, Ordering::Release);
     std::thread::scope(|scope| {
         let bells = start(scope, &shared, "doorbells".into(), || while doorbells.wait(|bell| shared.ring(bell)) {});
         let threads: Vec<_> =
@@ -40,6 +51,7 @@ pub(crate) fn run(vcpus: &mut [Vcpu], outside: Outside<'_>, control: &Control, d
             shared.service();
         }
         shared.kick_all();
+        gate.open.store(false, Ordering::Release);
         // A thread that broke has said so itself.
         threads.into_iter().flatten().for_each(|vcpu| drop(vcpu.join()));
         doorbells.quit();
@@ -98,6 +110,7 @@ struct Shared<'a> {
     /// Held while a device works: devices are never entered by two threads at once, as on the software engine.
     devices: Mutex<()>,
     stopping: AtomicBool,
+    gate: &'a Gate,
     stop: Mutex<Option<Stop>>,
     running: Mutex<Vec<Option<Running>>>,
 }
@@ -105,6 +118,10 @@ struct Shared<'a> {
 impl Shared<'_> {
     fn devices(&self) -> MutexGuard<'_, ()> {
         self.devices.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn lost(&self) -> bool {
+        self.gate.lost.load(Ordering::Acquire)
     }
 
     fn running(&self) -> MutexGuard<'_, Vec<Option<Running>>> {
@@ -140,6 +157,9 @@ impl Shared<'_> {
     /// Passes a doorbell on to its device.
     fn ring(&self, bell: &Doorbell) {
         let _one = self.devices();
+        if self.lost() {
+            return;
+        }
         bell.device.write(bell.offset, &[0; 2]);
         if self.control.attention() {
             self.service_locked();
@@ -186,6 +206,9 @@ impl Shared<'_> {
             };
         }
         let _one = self.devices();
+        if self.lost() {
+            return Ok(());
+        }
         let mut served = serve(&mut vcpu.fd, vcpu.number, &self.outside);
         if served.is_ok() {
             served = self.follow_bus().map_err(Stop::Failed);
@@ -199,6 +222,9 @@ impl Shared<'_> {
 
     /// Brings the vCPU to rest: its last I/O instruction finished, and its timer's interrupt, if it has run out, requested.
     fn settle(&self, vcpu: &mut Vcpu) -> Result<(), Stop> {
+        if self.lost() {
+            return Ok(());
+        }
         self.finish_io(vcpu)?;
         if !vcpu.timer.stopped(&vcpu.fd).map_err(Stop::Failed)? {
             return Ok(());

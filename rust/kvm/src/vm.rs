@@ -14,20 +14,18 @@ use vcpu::{EngineError, ioapic};
 
 use crate::failed;
 
-/// An empty virtual machine with the machine's RAM. All of a lazily restored machine's memory is read and verified here:
-/// the processor does not ask before it reads.
+/// An empty virtual machine with the machine's RAM, which is there or given when it is touched.
 pub(crate) fn create(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, EngineError> {
     let vm = kvm.create_vm().map_err(|e| failed("KVM_CREATE_VM", e))?;
     // Before the interrupt controller and the vCPUs: each slot is much dearer afterwards.
     for (slot, region) in (0..).zip(memory.regions()) {
         let layout = region.layout();
-        let host = memory.host_range(layout.gpa, layout.size).map_err(|e| EngineError::new("damaged", e.to_string()))?;
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: layout.gpa,
             memory_size: layout.size,
-            userspace_addr: host.as_ptr() as u64,
+            userspace_addr: region.host_address() as u64,
         };
         // SAFETY: the mapping is the guest's RAM and lives as long as `memory`, which the engine holds longer than the
         // vCPUs; without a vCPU nobody uses the slot.

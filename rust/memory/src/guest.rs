@@ -4,6 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use crate::faults::Faults;
 use crate::region::Region;
 use crate::{MemoryError, PAGE_SIZE, RegionLayout, Source};
 
@@ -21,6 +22,8 @@ const PAGE_WRITTEN: u8 = PAGE_DIRTY | PAGE_CHANGED;
 /// restored machine is verified before any byte of it can be seen through any method here; a device's write
 /// to a page that holds translated code is reported by [`GuestMemory::take_code_writes`].
 pub struct GuestMemory {
+    /// Before the regions: its thread works on them.
+    faults: Mutex<Option<Faults>>,
     regions: Vec<Region>,
     code_writes: Mutex<Vec<(u64, u64)>>,
     code_write_pending: AtomicBool,
@@ -47,7 +50,16 @@ impl GuestMemory {
             end = r.gpa.checked_add(r.size).ok_or_else(|| MemoryError::Layout("address overflow".into()))?;
         }
         let regions = regions.into_iter().map(|(r, source)| Region::new(r, source)).collect::<Result<_, _>>()?;
-        Ok(Self { regions, code_writes: Mutex::new(Vec::new()), code_write_pending: AtomicBool::new(false) })
+        Ok(Self {
+            faults: Mutex::default(),
+            regions,
+            code_writes: Mutex::new(Vec::new()),
+            code_write_pending: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn keep_faults(&self, faults: Faults) {
+        *self.faults.lock().unwrap_or_else(|e| e.into_inner()) = Some(faults);
     }
 
     pub fn regions(&self) -> &[Region] {

@@ -7,6 +7,7 @@
 mod contents;
 mod digests;
 mod error;
+mod faults;
 mod guest;
 mod image;
 mod present;
@@ -16,6 +17,7 @@ mod source;
 pub use contents::Contents;
 pub use digests::{Digest, DigestTable, hash};
 pub use error::MemoryError;
+pub use faults::OnDamage;
 pub use guest::GuestMemory;
 pub use image::{ImageStats, RegionImage};
 pub use present::Scan;

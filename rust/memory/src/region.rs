@@ -2,6 +2,7 @@
 
 use std::alloc::Layout;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use crate::source::Loader;
@@ -62,6 +63,10 @@ impl HostRange {
         unsafe { std::ptr::copy_nonoverlapping(self.at(offset).as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
     }
 
+    pub fn size(self) -> u64 {
+        self.size
+    }
+
     /// Address in this process, for `/proc/self/pagemap`.
     pub fn address(self) -> usize {
         self.start.as_ptr() as usize
@@ -75,12 +80,12 @@ pub struct Region {
     /// `PAGE_CODE | PAGE_DIRTY` of each page.
     pub(crate) pages: Box<[AtomicU8]>,
     /// Where chunks come from that nobody has touched since the restore.
-    loader: Option<Loader>,
+    loader: Option<Arc<Loader>>,
 }
 
 impl Region {
     pub(crate) fn new(layout: RegionLayout, source: Option<Source>) -> Result<Self, MemoryError> {
-        let loader = source.map(|source| Loader::new(source, layout.size)).transpose()?;
+        let loader = source.map(|source| Loader::new(source, layout.size)).transpose()?.map(Arc::new);
         let size = usize::try_from(layout.size)
             .map_err(|_| MemoryError::Layout(format!("region of {:#x} bytes on this host", layout.size)))?;
         // SAFETY: an anonymous private mapping at an address of the kernel's choice.
@@ -123,7 +128,16 @@ impl Region {
     }
 
     pub(crate) fn loader(&self) -> Option<&Loader> {
-        self.loader.as_ref()
+        self.loader.as_deref()
+    }
+
+    pub(crate) fn shared_loader(&self) -> Option<Arc<Loader>> {
+        self.loader.clone()
+    }
+
+    /// Where it is in this process: for whoever maps it elsewhere.
+    pub fn host_address(&self) -> usize {
+        self.host.address()
     }
 
     /// Everything has been taken: the file may close.
@@ -149,7 +163,7 @@ impl Region {
 
     /// What has been taken from the snapshot; `None` when the region does not come from one.
     pub fn source_stats(&self) -> Option<SourceStats> {
-        self.loader.as_ref().map(Loader::stats)
+        self.loader.as_deref().map(Loader::stats)
     }
 }
 

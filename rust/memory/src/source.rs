@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::digests::{DigestTable, hash};
+use crate::faults::Uffd;
 use crate::region::{HostRange, zeroed_bytes};
 use crate::{MemoryError, PAGE_SIZE};
 
@@ -56,6 +57,8 @@ pub(crate) struct Loader {
     shards: [Mutex<Vec<u8>>; SHARDS],
     failures: Mutex<BTreeMap<u64, MemoryError>>,
     loaded: AtomicU64,
+    /// Where others wait for pages: then these are put there by it.
+    uffd: OnceLock<Arc<Uffd>>,
 }
 
 impl Loader {
@@ -79,6 +82,7 @@ impl Loader {
             shards: Default::default(),
             failures: Mutex::default(),
             loaded: AtomicU64::new(0),
+            uffd: OnceLock::new(),
             source,
         })
     }
@@ -120,13 +124,26 @@ impl Loader {
             self.fetch(chunk, &mut buffer[..len])?;
             for (at, page) in (chunk << self.shift..).step_by(PAGE_SIZE as usize).zip(buffer[..len].chunks(PAGE_SIZE as usize)) {
                 if !is_zero(page) {
-                    host.copy_in(at, page);
+                    self.install(host, at, page)?;
                 }
             }
             self.loaded.fetch_add(1, Ordering::Relaxed);
         }
         state.store(PRESENT, Ordering::Release);
         Ok(())
+    }
+
+    fn install(&self, host: HostRange, at: u64, page: &[u8]) -> Result<(), MemoryError> {
+        match self.uffd.get() {
+            None => host.copy_in(at, page),
+            Some(uffd) => uffd.copy(host, at, page).map_err(|e| MemoryError::host("cannot install guest memory", e))?,
+        }
+        Ok(())
+    }
+
+    /// From now on pages are put where others wait for them.
+    pub fn install_by(&self, uffd: Arc<Uffd>) {
+        let _ = self.uffd.set(uffd);
     }
 
     /// Bytes of the chunk: the last one of a region may be short.

@@ -241,6 +241,12 @@ pub fn kvm_probe(py: Python<'_>) -> (bool, String, bool) {
     (probe.runs, probe.reason.clone(), probe.fit())
 }
 
+/// Why the KVM engine cannot have a restored machine's memory when it is touched; None where it can.
+#[pyfunction]
+pub fn faults_unavailable() -> Option<String> {
+    memory::GuestMemory::faults_unavailable()
+}
+
 /// Says before anything is built whether a machine can be made, or one with these vCPUs' states can go on, on this host's KVM:
 /// raises `NotSupported` where it needs the software engine, `Incompatible` where no engine can take it.
 #[pyfunction]

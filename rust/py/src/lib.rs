@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::control::Control;
     #[pymodule_export]
-    use super::engine::{Engine, kvm_check, kvm_probe};
+    use super::engine::{Engine, faults_unavailable, kvm_check, kvm_probe};
     #[pymodule_export]
     use super::host::host_tsc_khz;
     #[pymodule_export]

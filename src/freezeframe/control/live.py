@@ -43,11 +43,12 @@ class LiveBackend:
         from freezeframe.config.validate import validate
         from freezeframe.config.vm import VmConfig
         from freezeframe.machine import build_from_snapshot
-        from freezeframe.machine.engine import choose
+        from freezeframe.machine.engine import choose, memory_at_once
         from freezeframe.store import SnapshotReader
 
-        # A processor does not ask before it reads memory: on KVM all of it is taken and verified now.
-        eager = request.eager or choose(self._engine).name == "kvm"
+        # A processor does not ask before it reads memory: where the kernel does not tell us, all of it is taken now.
+        why = memory_at_once(choose(self._engine))
+        eager = request.eager or why is not None
 
         with SnapshotReader.open(directory) as reader:
             try:
@@ -65,6 +66,8 @@ class LiveBackend:
                 disk_check=request.disk_check,
                 capture=self._capture,
             )
+        if why is not None and not request.eager:
+            machine.engine.reason += f"; memory was restored at once: {why}"
         return machine.config.replace(console=config.console, serial=config.serial), machine
 
     def snapshot(self, directory: str, config: VmConfig, machine: Machine) -> None:
@@ -77,6 +80,9 @@ class LiveBackend:
             memory=machine.memory,
             engine=machine.engine.name,
         )
+
+    def memory_mode(self, machine: Machine, request: RestoreConfig) -> str:  # noqa: ARG002
+        return "Copy" if machine.memory.lazy is None else "OnDemand"
 
     def shown_config(self, machine: Machine, config: VmConfig) -> VmConfig:
         consoles = machine.backends.consoles

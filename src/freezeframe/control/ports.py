@@ -66,6 +66,10 @@ if TYPE_CHECKING:
             """Write a paused machine into an existing directory."""
             ...
 
+        def memory_mode(self, machine: Any, request: RestoreConfig) -> str:
+            """How memory was really restored: `Copy` or `OnDemand`."""
+            ...
+
         def shown_config(self, machine: Any, config: VmConfig) -> VmConfig:
             """The configuration as `vm.info` shows it: with the names of pseudo terminals."""
             ...

@@ -256,7 +256,7 @@ class Vmm:
                 raise ActionFailed(top, *_unless_chained(error, *RECEIVING), cause=error) from error
             self._config = config
             self._adopt(machine)
-            mode = "Copy" if request.eager else "OnDemand"
+            mode = self._backend.memory_mode(machine, request)
             self._source = {"source_url": request.source_url, "memory_restore_mode": mode, "clock": request.clock}
             self.emit("vm", "restored")
             if request.resume:

@@ -129,3 +129,10 @@ def settle(
             raise
         return EngineReport("software", f"{report.reason}; but not for this machine: {error}", report.tier, ours=True)
     return report
+
+
+def memory_at_once(report: EngineReport) -> str | None:
+    """Why an engine cannot have a snapshot's memory chunk by chunk; None where it can."""
+    from freezeframe import _core
+
+    return _core.faults_unavailable() if report.name == "kvm" else None

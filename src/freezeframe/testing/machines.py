@@ -113,6 +113,9 @@ class FakeBackend:
         except OSError as error:
             raise IoFailed("Error creating VM config snapshot file") from error
 
+    def memory_mode(self, machine: FakeMachine, request: RestoreConfig) -> str:  # noqa: ARG002
+        return "Copy" if request.eager else "OnDemand"
+
     def shown_config(self, machine: FakeMachine, config: VmConfig) -> VmConfig:  # noqa: ARG002
         return config
 

@@ -93,7 +93,15 @@ impl Board {
     }
 
     pub fn with_clock(code: &[u8], vcpus: usize, clock: Clock) -> Self {
-        let memory = GuestMemory::new(&[RegionLayout { gpa: 0, size: 1 << 20 }]).unwrap();
+        Self::furnished(GuestMemory::new(&[RegionLayout { gpa: 0, size: 1 << 20 }]).unwrap(), code, vcpus, clock)
+    }
+
+    /// In memory of the caller's.
+    pub fn loaded(memory: GuestMemory, code: &[u8]) -> Self {
+        Self::furnished(memory, code, 1, Clock::new(host_khz(), host_khz()))
+    }
+
+    fn furnished(memory: GuestMemory, code: &[u8], vcpus: usize, clock: Clock) -> Self {
         memory.write(CODE, code).unwrap();
         // The first 4 GiB one to one.
         memory.write(PML4, &(PDPT | 3).to_le_bytes()).unwrap();
