@@ -28,6 +28,8 @@ pub struct Options {
     pub raw: bool,
     /// Decoder and instruction functions alone, without block loop and exception delivery.
     pub handlers_only: bool,
+    /// With every block translated at its first execution.
+    pub translate: bool,
 }
 
 impl Default for Options {
@@ -43,6 +45,7 @@ impl Default for Options {
             prelude: 0,
             raw: false,
             handlers_only: false,
+            translate: false,
         }
     }
 }
@@ -118,7 +121,7 @@ pub fn run(options: &Options) -> Summary {
         return summary;
     }
     let mut native = Native::new();
-    let mut ours = Ours::new();
+    let mut ours = if options.translate { Ours::translating() } else { Ours::new() };
     for number in options.first..options.first + options.cases {
         let Some(case) = generate::case(options.seed, number, &codes, options.bits, options.prelude) else { continue };
         let code = format!("{:?}", case.code);

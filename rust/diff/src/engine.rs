@@ -68,6 +68,13 @@ impl Ours {
         Self { core: Core::new(Arc::new(shared), 0), cache: Cache::new(), memory }
     }
 
+    /// With every block translated at its first execution.
+    pub fn translating() -> Self {
+        let mut ours = Self::new();
+        ours.cache.translate_after(0);
+        ours
+    }
+
     pub fn run(&mut self, case: &Case) -> Result<Outcome, Trouble> {
         let at = case.state.rip - CODE;
         let len = case.bytes.len().min(CODE_LEN - at as usize);

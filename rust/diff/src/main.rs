@@ -1,4 +1,4 @@
-//! `freezeframe-diff --cases N --seed S [--first K] [--filter TEXT]… [--bits 32] [--strict] [--handlers] [--prelude N] [--raw] [--examples N] [--list]`
+//! `freezeframe-diff --cases N --seed S [--first K] [--filter TEXT]… [--bits 32] [--strict] [--handlers] [--translate] [--prelude N] [--raw] [--examples N] [--list]`
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn main() -> std::process::ExitCode {
     use diff::campaign::{self, Options};
@@ -21,6 +21,7 @@ fn main() -> std::process::ExitCode {
             "--examples" => options.examples = number(&arg, args.next()) as usize,
             "--prelude" => options.prelude = number(&arg, args.next()),
             "--filter" => options.filter.extend(args.next()),
+            "--translate" => options.translate = true,
             "--raw" => options.raw = true,
             "--strict" => options.rules.strict = true,
             "--handlers" => {
@@ -30,7 +31,7 @@ fn main() -> std::process::ExitCode {
             "--list" => list = true,
             _ => {
                 eprintln!(
-                    "usage: freezeframe-diff [--cases N] [--seed S] [--first K] [--filter TEXT]… [--bits 32|64] [--strict] [--handlers] [--prelude N] [--examples N] [--list]"
+                    "usage: freezeframe-diff [--cases N] [--seed S] [--first K] [--filter TEXT]… [--bits 32|64] [--strict] [--handlers] [--translate] [--prelude N] [--examples N] [--list]"
                 );
                 return std::process::ExitCode::from(2);
             }

@@ -28,13 +28,18 @@ const CALLS: &[u8] =
     &[0xe8, 0x05, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0xf4, 0x53, 0x55, 0x48, 0x89, 0xe5, 0x31, 0xc0, 0x5d, 0x5b, 0xc3];
 
 fn main() {
-    for (name, body) in [("alu", ALU), ("memory", MEMORY), ("calls", CALLS)] {
+    for ((name, body), threshold) in
+        [("alu", ALU), ("memory", MEMORY), ("calls", CALLS)].into_iter().flat_map(|row| [(row, None), (row, Some(16))])
+    {
         let mut best = 0.0f64;
         for _ in 0..3 {
             let mut code = vec![0xb9];
             code.extend(0x8000u32.to_le_bytes());
             code.extend(body);
             let mut m = Machine::new(&code);
+            if let Some(threshold) = threshold {
+                m.cache.translate_after(threshold);
+            }
             m.write(DATA, &(0..0x1_0000u32).map(|n| (n * 31) as u8).collect::<Vec<_>>());
             (*m.gpr(RSI), *m.gpr(RDI)) = (DATA, 0x20_0000);
             let before = m.core.cpu.icount;
@@ -45,6 +50,7 @@ fn main() {
             }
             best = best.max((m.core.cpu.icount - before) as f64 / start.elapsed().as_secs_f64() / 1e6);
         }
-        println!("{name:8} {best:6.0} M instructions/s");
+        let tier = if threshold.is_some() { "translator" } else { "interpreter" };
+        println!("{name:8} {tier:12} {best:6.0} M instructions/s");
     }
 }

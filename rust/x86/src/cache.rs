@@ -5,7 +5,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use memory::{GuestMemory, PAGE_SIZE};
 
-use crate::insn::Insn;
+use crate::insn::{Insn, TRANSLATED, UNTRANSLATABLE};
+use crate::jit::Jit;
 use crate::run;
 use crate::state::CodeSize;
 
@@ -76,6 +77,22 @@ pub struct Cache {
     /// The last pages that became code, for TLBs of vCPUs that did not run meanwhile.
     marks: Vec<u64>,
     marks_base: usize,
+    /// Interpreted executions after which a block is translated; [`NEVER`]: none is.
+    threshold: u8,
+    /// Made when the first block is to be translated.
+    pub(crate) jit: Option<Jit>,
+}
+
+/// Counts of executions stay below this.
+const NEVER: u8 = TRANSLATED;
+
+/// How a block is to be executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Heat {
+    Interpret,
+    /// It has just become worth a translation.
+    Translate,
+    Translated,
 }
 
 impl Default for Cache {
@@ -88,6 +105,8 @@ impl Default for Cache {
             generation: 0,
             marks: Vec::new(),
             marks_base: 0,
+            threshold: NEVER,
+            jit: None,
         }
     }
 }
@@ -95,6 +114,35 @@ impl Default for Cache {
 impl Cache {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Blocks are translated after `executions` (at most 250) by the interpreter.
+    pub fn translate_after(&mut self, executions: u8) {
+        self.threshold = executions.min(250);
+    }
+
+    /// No block is translated any more: the host does not allow it.
+    pub(crate) fn never_translate(&mut self) {
+        self.threshold = NEVER;
+    }
+
+    /// Counts one execution of a block.
+    #[inline(always)]
+    pub(crate) fn heat(&mut self, span: Span) -> Heat {
+        let heat = &mut self.insns[span.start as usize].heat;
+        if *heat >= TRANSLATED {
+            return if *heat == TRANSLATED { Heat::Translated } else { Heat::Interpret };
+        }
+        if *heat >= self.threshold {
+            return Heat::Translate;
+        }
+        *heat += u8::from(*heat < NEVER - 1);
+        Heat::Interpret
+    }
+
+    #[inline(always)]
+    pub(crate) fn insns_mut(&mut self, span: Span) -> (&mut [Insn], &mut Option<Jit>) {
+        (&mut self.insns[span.start as usize..][..span.count as usize], &mut self.jit)
     }
 
     pub fn generation(&self) -> u64 {
@@ -163,7 +211,14 @@ impl Cache {
 
     fn kill(&mut self, key: Key) {
         if let Some(block) = self.blocks.remove(&key) {
-            self.insns[block.span.start as usize].f = run::stale;
+            let first = &mut self.insns[block.span.start as usize];
+            first.f = run::stale;
+            if first.heat == TRANSLATED {
+                if let Some(jit) = &mut self.jit {
+                    jit.kill(block.span.start);
+                }
+            }
+            first.heat = UNTRANSLATABLE;
             let first = key.phys() & !(PAGE_SIZE - 1);
             for page in [first, block.second] {
                 if let Some(keys) = self.pages.get_mut(&page) {
@@ -209,6 +264,9 @@ impl Cache {
             memory.set_code(page, false);
         }
         self.insns.clear();
+        if let Some(jit) = &mut self.jit {
+            jit.clear();
+        }
         self.blocks.clear();
         self.pages.clear();
         self.generation += 1;

@@ -11,8 +11,10 @@ use crate::cache::JumpCache;
 use crate::debug::Breakpoints;
 use crate::events::Reinject;
 use crate::insn::{Fault, HIGH8, Insn};
+use crate::jit;
 use crate::kvmclock::KvmClock;
 use crate::lapic::Lapic;
+use crate::run::End;
 use crate::state::{CS, CodeSize, Cpu, flags};
 use crate::tier::Tier;
 
@@ -151,9 +153,18 @@ pub struct Core {
     pub(crate) generation: u64,
     pub(crate) marks_seen: usize,
     pub(crate) scratch: Vec<Insn>,
+    /// What translated code needs: its table of jump targets, the table of instructions that it lets functions execute, its budget
+    /// when it was entered (or last counted), how an instruction left it, and a panic on its way through it.
+    pub(crate) codes: jit::Codes,
+    pub(crate) sites: *const jit::Site,
+    pub(crate) entered: u64,
+    pub(crate) ended: Option<End>,
+    /// Entries of translated code that begin with the guest's MXCSR loaded.
+    pub(crate) floats: u8,
+    pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
 }
 
-// SAFETY: `stop_at` and `block_at` are compared only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
+// SAFETY: `stop_at`, `block_at` and `sites` are used while the core runs only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
 // the core does; neither is tied to a thread.
 unsafe impl Send for Core {}
 
@@ -199,6 +210,12 @@ impl Core {
             generation: 0,
             marks_seen: 0,
             scratch: Vec::new(),
+            codes: jit::Codes::default(),
+            sites: std::ptr::null(),
+            entered: 0,
+            ended: None,
+            floats: 0,
+            panic: None,
         }
     }
 
@@ -269,6 +286,7 @@ impl Core {
     /// CR3 was written: drops translations that are not global.
     pub fn flush_tlb(&mut self) {
         self.tlb.flush();
+        self.codes.flush();
         self.epoch += 2;
         self.set_jump_key();
     }
@@ -292,6 +310,7 @@ impl Core {
         self.epoch += 2;
         self.epoch_global += 2;
         self.tlb.clear_fetched();
+        self.codes.clear();
         self.set_jump_key();
     }
 

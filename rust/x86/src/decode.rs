@@ -115,6 +115,7 @@ fn insn(instr: &Instruction, size: CodeSize, off: u16) -> Insn {
         osize: 0,
         off,
         code: instr.code() as u16,
+        heat: 0,
     };
     if instr.has_rep_prefix() {
         i.prefix |= REP;

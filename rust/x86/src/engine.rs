@@ -27,6 +27,8 @@ const CALM: u8 = 2;
 const NEVER_NS: u64 = 366 * 86_400 * 1_000_000_000;
 /// What a turn without a single instruction takes where time is a count of them.
 const FRUITLESS_NS: u64 = 1_000;
+/// Executions after which a block is translated: the best value is anywhere between 8 and 256.
+const HOT: u8 = 16;
 /// What an APIC id of 8 bits can name, the broadcast excluded.
 pub const MAX_VCPUS: usize = 255;
 
@@ -74,10 +76,14 @@ impl SoftwareEngine {
             .map_err(|what| EngineError::new("host", format!("the software engine needs a CPU with {what}")))?;
         let shared = Arc::new(Shared { tier, switches, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
+        let mut cache = Cache::new();
+        if shared.tier == Tier::Translator {
+            cache.translate_after(HOT);
+        }
         Ok(Self {
             shared,
             cores,
-            cache: Cache::new(),
+            cache,
             turn: 0,
             spinning: vec![false; vcpus],
             spinners: 0,

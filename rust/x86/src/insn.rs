@@ -84,7 +84,14 @@ pub struct Insn {
     pub off: u16,
     /// `iced_x86::Code` as u16, for error messages and rarely used handlers that serve several codes.
     pub code: u16,
+    /// Of a block's first instruction: how often it was interpreted, or [`TRANSLATED`], [`UNTRANSLATABLE`].
+    pub heat: u8,
 }
+
+/// The block has a translation.
+pub const TRANSLATED: u8 = 254;
+/// The block is not to be translated.
+pub const UNTRANSLATABLE: u8 = 255;
 
 impl Insn {
     /// Where the block after this [`LINK`] branch is in the block cache: first instruction and count, 0 when it is not known.

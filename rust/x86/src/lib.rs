@@ -18,6 +18,7 @@ pub mod events;
 pub mod exec;
 pub mod flags;
 pub mod insn;
+pub mod jit;
 pub mod kvmclock;
 pub mod lapic;
 pub mod listing;

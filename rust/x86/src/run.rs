@@ -3,10 +3,11 @@
 use memory::{MemoryError, PAGE_SIZE};
 use vcpu::EngineError;
 
-use crate::cache::{Cache, Key, Span};
+use crate::cache::{Cache, Heat, Key, Span};
 use crate::core::{Core, Exception, GP, Pending, SS};
 use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
 use crate::insn::{Fault, Flow, Insn, LINK, STACK};
+use crate::jit::{self, Jit, Left};
 use crate::mmu::{Kind, Rights};
 use crate::state::{Activity, CS, CodeSize, GPR_BLOCK, flags};
 
@@ -27,7 +28,7 @@ pub enum RunExit {
 
 /// How a run of blocks ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(crate) enum End {
     /// The budget is used up.
     Limit,
     /// Something the loop must look at before it goes on; the instruction is complete.
@@ -225,6 +226,21 @@ impl Core {
                     Err(Fault) => return End::Fault,
                 }
             };
+            if cache.heat(span) != Heat::Interpret {
+                match self.translated(cache, span) {
+                    Some(Left::End(end)) => return end,
+                    Some(_) => {
+                        linked.count = 0;
+                        from.branch = std::ptr::null();
+                        if self.budget == 0 {
+                            return End::Limit;
+                        }
+                        continue;
+                    }
+                    // Nothing was executed.
+                    None => {}
+                }
+            }
             let insns = cache.insns(span);
             let count = insns.len().min(self.budget as usize);
             let start = insns.as_ptr();
@@ -297,6 +313,88 @@ impl Core {
         }
     }
 
+    /// Runs translated code from the block at RIP on, if it can be translated; then, whatever it leads to that is translated too.
+    #[inline(never)]
+    fn translated(&mut self, cache: &mut Cache, mut span: Span) -> Option<Left> {
+        let mut from: Option<(u32, u64)> = None;
+        let mut left = None;
+        loop {
+            if cache.heat(span) == Heat::Translate {
+                self.make_translation(cache, span);
+                if self.generation != cache.generation() {
+                    self.follow(cache);
+                    return Some(Left::Next);
+                }
+            }
+            let Some(id) = cache.jit.as_ref().and_then(|jit| jit.find(span.start, self.half, self.budget)) else { return left };
+            let Some(jit) = &mut cache.jit else { return left };
+            let mut global = None;
+            match from.take() {
+                Some((link, generation)) if generation == self.generation => jit.link(link, id),
+                _ => {
+                    self.tlb.note_fetch(self.cpu.rip);
+                    global = Some(self.tlb.is_global(self.cpu.rip, self.half));
+                }
+            }
+            match jit.run(self, id, global) {
+                Left::Link(link) => from = Some((link, self.generation)),
+                Left::Next => {}
+                other => return Some(other),
+            }
+            left = Some(Left::Next);
+            if self.budget == 0 {
+                return left;
+            }
+            let nowhere = From { branch: std::ptr::null(), taken: false, rip: 0 };
+            span = match self.successor(cache, self.cpu.rip, &nowhere) {
+                Ok(span) => span,
+                Err(Fault) => return Some(Left::End(End::Fault)),
+            };
+            if cache.heat(span) == Heat::Interpret {
+                return left;
+            }
+        }
+    }
+
+    /// Translates the block at RIP, which is at `span`; or marks it as one that cannot be translated.
+    #[cold]
+    fn make_translation(&mut self, cache: &mut Cache, span: Span) {
+        if cache.jit.as_ref().is_some_and(|jit| !jit.has_room()) {
+            // Everything starts anew, when no block is running.
+            return cache.clear(&self.shared.memory);
+        }
+        if cache.jit.is_none() {
+            match Jit::new() {
+                Ok(jit) => cache.jit = Some(jit),
+                Err(_) => return cache.never_translate(),
+            }
+        }
+        let rip = self.cpu.rip;
+        let mut bytes = [0; MAX_INSNS * MAX_LEN];
+        let mut len = 0;
+        if self.cpu.code_size == CodeSize::Bits64 {
+            len = self.block_bytes(cache, span, &mut bytes).unwrap_or(0);
+        }
+        self.fault = None;
+        let (insns, Some(jit)) = cache.insns_mut(span) else { return };
+        let offset = (rip & (PAGE_SIZE - 1)) as u16;
+        jit.translate(jit::Block { start: span.start, insns, bytes: &bytes[..len], offset, half: self.half });
+    }
+
+    /// The bytes that the block at RIP was decoded from. `None`: it is not one to translate.
+    fn block_bytes(&mut self, cache: &Cache, span: Span, bytes: &mut [u8]) -> Option<usize> {
+        let rip = self.cpu.rip;
+        let phys = self.fetch(rip).ok()?;
+        let len: usize = cache.insns(span).iter().map(|i| usize::from(i.len)).sum();
+        if cache.find(Key::new(phys, CodeSize::Bits64)) != Some((span, u64::MAX))
+            || (rip & (PAGE_SIZE - 1)) as usize + len > PAGE_SIZE as usize
+        {
+            return None;
+        }
+        self.read_code(phys, bytes.get_mut(..len)?).ok()?;
+        Some(len)
+    }
+
     /// The block at `rip`, and tells the branch that led there when both are on one page.
     #[inline]
     fn successor(&mut self, cache: &mut Cache, rip: u64, from: &From) -> Result<Span, Fault> {
@@ -320,7 +418,7 @@ impl Core {
 
     /// After an instruction that ended its block in any other way than by a branch.
     #[inline(never)]
-    fn left(&mut self, flow: Flow, insn: &Insn, start: *const Insn, rip: u64) -> End {
+    pub(crate) fn left(&mut self, flow: Flow, insn: &Insn, start: *const Insn, rip: u64) -> End {
         let at = std::ptr::from_ref(insn);
         let own = rip.wrapping_add(u64::from(insn.off));
         match flow {
@@ -343,7 +441,7 @@ impl Core {
 
     /// Counts the instructions from `start` up to `at`.
     #[inline(always)]
-    fn retire(&mut self, at: *const Insn, start: *const Insn) {
+    pub(crate) fn retire(&mut self, at: *const Insn, start: *const Insn) {
         let done = (at as usize - start as usize) / size_of::<Insn>();
         self.budget -= done as u64;
         self.cpu.icount += done as u64;
@@ -355,7 +453,7 @@ impl Core {
     }
 
     #[cold]
-    fn blame_stack(&mut self, insn: &Insn) {
+    pub(crate) fn blame_stack(&mut self, insn: &Insn) {
         self.noncanonical = false;
         if insn.prefix & STACK != 0 {
             if let Some(Pending::Exception(Exception { vector: vector @ GP, .. })) = &mut self.fault {

@@ -29,7 +29,8 @@ const fn never(index: usize) -> u64 {
 }
 
 pub struct Tlb {
-    entries: Box<[Entry; ALL]>,
+    /// Inside the core: translated code reaches them by a fixed displacement.
+    entries: [Entry; ALL],
     /// Entries that may be valid and are not global; others are only in `used_global`.
     used: Vec<u16>,
     used_global: Vec<u16>,
@@ -40,11 +41,20 @@ pub struct Tlb {
 
 const FETCHED_WORDS: usize = 256;
 
+static NONE: [Entry; ALL] = {
+    let mut entries = [Entry { tag_r: 0, tag_w: 0, host: 0, phys: 0 }; ALL];
+    let mut i = 0;
+    while i < ALL {
+        (entries[i].tag_r, entries[i].tag_w) = (never(i), never(i));
+        i += 1;
+    }
+    entries
+};
+
 impl Default for Tlb {
     fn default() -> Self {
-        let entries: Vec<Entry> = (0..ALL).map(|i| Entry { tag_r: never(i), tag_w: never(i), host: 0, phys: 0 }).collect();
         Self {
-            entries: entries.into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!("the length is ALL")),
+            entries: NONE,
             used: Vec::with_capacity(ALL),
             used_global: Vec::with_capacity(ALL),
             fetched: Box::new([0; FETCHED_WORDS]),
@@ -54,6 +64,8 @@ impl Default for Tlb {
 }
 
 impl Tlb {
+    pub const ENTRIES_AT: usize = std::mem::offset_of!(Tlb, entries);
+
     #[inline(always)]
     pub fn index(linear: u64, half: usize) -> usize {
         ((linear >> 12) as usize & (ENTRIES - 1)) | (half & USER)

@@ -96,7 +96,19 @@ impl Machine {
         cpu.set_rflags(2);
         core.flush_tlb_all();
         core.refresh();
-        Self { core, cache: Cache::new(), memory }
+        let mut cache = Cache::new();
+        // The whole suite is run on both tiers.
+        if std::env::var("FREEZEFRAME_TIER").is_ok_and(|tier| tier == "translator") {
+            cache.translate_after(0);
+        }
+        Self { core, cache, memory }
+    }
+
+    /// With the translator: blocks are translated at their first execution.
+    pub fn translating(code: &[u8]) -> Self {
+        let mut machine = Self::new(code);
+        machine.cache.translate_after(0);
+        machine
     }
 
     pub fn gpr(&mut self, r: usize) -> &mut u64 {
