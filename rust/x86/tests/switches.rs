@@ -182,3 +182,35 @@ fn keys_are_saved_where_they_are() {
     let error = Machine::changed(&[], &["+pks"]).core.restore(&plain).unwrap_err();
     assert!(error.message.contains("0x6e1"), "{}", error.message);
 }
+
+#[test]
+fn hypercalls() {
+    // VMCALL, and VMMCALL
+    for code in [[0x0f, 0x01, 0xc1, 0xf4], [0x0f, 0x01, 0xd9, 0xf4]] {
+        // Number, first APIC id, ICR → answer
+        for (number, first, icr, want) in [
+            (10, 0, 0x40, 1i64),
+            (10, 0xffff_ffff, 0, 0),
+            (10, u64::MAX, 0x40, 0),
+            (10, 0, 0x440, 1),
+            (10, 0, 0x540, -22),
+            (10, 0, 0x0c_0040, -22),
+            (9, 0, 0, -1000),
+        ] {
+            let mut m = Machine::new(&code);
+            m.core.lapic.svr = 0x1ff;
+            m.core.lapic.publish(&m.core.shared.apics.clone());
+            *m.gpr(RAX) = number;
+            *m.gpr(x86::state::RBX) = u64::MAX;
+            *m.gpr(RCX) = 0;
+            *m.gpr(RDX) = first;
+            *m.gpr(x86::state::RSI) = icr;
+            m.core.cpu.nmi_masked = true;
+            let _ = m.core.run(&mut m.cache, 1);
+            assert_eq!(*m.gpr(RAX) as i64, want, "{number} {first:#x} {icr:#x}");
+            let _ = m.core.poll_events();
+            assert_eq!(m.core.lapic.irr[2] & 1, u32::from(want == 1 && icr == 0x40));
+            assert_eq!(m.core.cpu.nmi_pending, u8::from(icr == 0x440));
+        }
+    }
+}

@@ -64,28 +64,42 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    config = _config(args)
+    return execute(
+        config, engine=args.engine, no_reboot=args.no_reboot, timeout=args.timeout, api_socket=args.api_socket
+    )
+
+
+def execute(
+    config: VmConfig,
+    *,
+    engine: str | None = None,
+    no_reboot: bool = False,
+    timeout: float | None = None,
+    api_socket: str | None = None,
+) -> int:
+    """Runs a machine in this process until it ends; the exit status. `timeout` in seconds."""
     from freezeframe.cli.cloud_hypervisor import catch_signals, ensure_standard_descriptors
     from freezeframe.control.live import LiveBackend
     from freezeframe.control.vmm import Vmm
 
-    config = _config(args)
     ensure_standard_descriptors()
-    vmm = Vmm(LiveBackend(args.engine), no_reboot=args.no_reboot)
+    vmm = Vmm(LiveBackend(engine), no_reboot=no_reboot)
     catch_signals(vmm)
     listener = server = timer = None
     try:
-        if args.api_socket:
+        if api_socket:
             from freezeframe.api.listener import Listener
 
-            listener = Listener.bind(args.api_socket)
+            listener = Listener.bind(api_socket)
         _start(vmm, config)
         if listener is not None:
             from freezeframe.api.server import ApiServer
 
             server = ApiServer(vmm, listener)
             server.start()
-        if args.timeout is not None:
-            timer = _end_after(args.timeout, vmm)
+        if timeout is not None:
+            timer = _end_after(timeout, vmm)
         return vmm.run()
     finally:
         if timer is not None:

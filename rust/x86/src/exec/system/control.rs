@@ -4,10 +4,11 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use super::in_memory;
 use super::segment::store_word;
+use crate::apics::{FIXED, Message, NMI};
 use crate::core::{Core, DB, GP, UD};
 use crate::insn::{Fault, Flow, Handler, Insn};
 use crate::segments::canonical;
-use crate::state::{Activity, CS, CodeSize, RAX, RBX, RCX, RDX, Segment, flags};
+use crate::state::{Activity, CS, CodeSize, RAX, RBX, RCX, RDX, RSI, Segment, flags};
 
 pub const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -376,9 +377,33 @@ pub fn rdpid(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     Ok(Flow::Next)
 }
 
-/// VMCALL, VMMCALL: −KVM_ENOSYS, from user mode −KVM_EPERM.
+/// VMCALL, VMMCALL: −KVM_ENOSYS but for interrupts to several vCPUs, which KVM sends whether its CPUID bit is shown or not;
+/// from user mode −KVM_EPERM.
 pub fn hypercall(core: &mut Core, _: &Insn) -> Result<Flow, Fault> {
-    let answer: i64 = if core.cpu.cpl == 0 { -1000 } else { -1 };
+    const SEND_IPI: u64 = 10;
+    let mask = if core.cpu.code_size == CodeSize::Bits64 { u64::MAX } else { u64::from(u32::MAX) };
+    let answer: i64 = match core.cpu.gpr[RAX] & mask {
+        _ if core.cpu.cpl != 0 => -1,
+        SEND_IPI => send_ipis(core, mask),
+        _ => -1000,
+    };
     result(core, RAX as u8, answer as u64);
-    Ok(Flow::Next)
+    Ok(Flow::Leave)
+}
+
+/// KVM_HC_SEND_IPI (Linux, Documentation/virt/kvm/x86/hypercalls.rst): RBX and RCX are a bitmap of APIC ids from RDX on, RSI is the
+/// low word of ICR. Gives how many vCPUs there were, or −KVM_EINVAL.
+fn send_ipis(core: &mut Core, mask: u64) -> i64 {
+    const DESTINATION_AND_SHORTHAND: u64 = 1 << 11 | 3 << 18;
+    let [low, high, first, icr] = [RBX, RCX, RDX, RSI].map(|r| core.cpu.gpr[r] & mask);
+    let message = Message { vector: icr as u8, mode: (icr >> 8 & 7) as u8, level: false };
+    if icr & DESTINATION_AND_SHORTHAND != 0 || !matches!(message.mode, FIXED | NMI) {
+        return -22;
+    }
+    let width = if mask == u64::MAX { 64 } else { 32 };
+    let bitmap = u128::from(low) | u128::from(high) << width;
+    let apics = core.shared.apics.clone();
+    let ids = (0..2 * width).filter(|n| bitmap >> n & 1 != 0).filter_map(|n| usize::try_from(first).ok()?.checked_add(n));
+    let there = ids.filter(|&id| id < apics.count());
+    there.map(|id| apics.send_self(id, message)).count() as i64
 }
