@@ -36,7 +36,7 @@ class Row:
 
 
 # QEMU's `-cpu max`, as far as it goes here.
-MAX = "+smap,+umip,+pku,+pks,+rdpid"
+MAX = "+smap,+umip,+pku,+pks,+rdpid,+far64"
 ROWS = [
     Row("dummy", "dummy", 0),
     Row("setjmp", "setjmp", 10),
@@ -50,6 +50,7 @@ ROWS = [
     Row("umip-absent", "umip", 11),
     Row("debug", "debug", 25),
     Row("eventinj", "eventinj", 13),
+    Row("emulator", "emulator", 147, cpu="+far64"),
     Row("access", "access_test", 1),
     Row("smap", "smap", 18, cpu=MAX),
     Row("pku", "pku", 7, cpu=MAX),

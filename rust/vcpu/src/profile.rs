@@ -136,11 +136,13 @@ pub struct Switches {
     pub pku: bool,
     pub pks: bool,
     pub rdpid: bool,
+    /// Far jumps and calls through memory take REX.W as a 64-bit offset, as Intel's processors do.
+    pub far64: bool,
 }
 
 impl Default for Switches {
     fn default() -> Self {
-        Self { x2apic: true, smap: false, umip: false, pku: false, pks: false, rdpid: false }
+        Self { x2apic: true, smap: false, umip: false, pku: false, pks: false, rdpid: false, far64: false }
     }
 }
 
@@ -158,6 +160,7 @@ impl Switches {
                 Some("pku") => &mut switches.pku,
                 Some("pks") => &mut switches.pks,
                 Some("rdpid") => &mut switches.rdpid,
+                Some("far64") => &mut switches.far64,
                 _ => return Err(format!("{change:?} is not a change of the CPU profile")),
             };
             if !on && !change.starts_with('-') {

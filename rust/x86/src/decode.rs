@@ -50,6 +50,9 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
         if instr.code() == Code::Pause && size == CodeSize::Bits64 {
             exchange_not_pause(&mut instr, &bytes[off..decoder.position()]);
         }
+        if size == CodeSize::Bits64 && matches!(instr.code(), Code::Jmp_m1632 | Code::Call_m1632) {
+            far_pointer(&mut instr, &bytes[off..]);
+        }
         if let (CodeSize::Bits64, Some(last)) = (size, out.last_mut()) {
             if let Some(both) = exec::integer::pair(&previous, &instr) {
                 last.f = both;
@@ -75,6 +78,14 @@ fn exchange_not_pause(instr: &mut Instruction, bytes: &[u8]) {
         let len = instr.len();
         *instr = Decoder::new(64, &bytes[tail..], DecoderOptions::AMD).decode();
         instr.set_len(len);
+    }
+}
+
+/// REX.W asks for a far pointer with a 64-bit offset. The profile's vendor ignores it; the handlers know whether this machine does.
+fn far_pointer(instr: &mut Instruction, bytes: &[u8]) {
+    let other = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+    if matches!(other.code(), Code::Jmp_m1664 | Code::Call_m1664) {
+        *instr = other;
     }
 }
 

@@ -214,3 +214,23 @@ fn hypercalls() {
         }
     }
 }
+
+#[test]
+fn far_jumps_with_a_64_bit_offset() {
+    // REX.W JMP FAR [RDI]; at the target: HLT
+    for (changes, high) in [(&["+far64"][..], true), (&["+far64"][..], false), (&[][..], false)] {
+        let mut m = Machine::changed(&[0x48, 0xff, 0x2f], changes);
+        let wide = !changes.is_empty();
+        *m.gpr(RDI) = DATA;
+        let target = 0x0060_0000 | if high { 1 << 32 } else { 0 };
+        let offset: u64 = if wide { target } else { 0x0060_0000 | 8 << 32 };
+        m.write(DATA, &offset.to_le_bytes());
+        m.write(DATA + 8, &8u16.to_le_bytes());
+        m.write(0x0060_0000, &[0xf4]);
+        // The second GiB-sized entry of the page directory pointers: 4 GiB up is the same memory.
+        let page_directory = m.read(flat::PDPT);
+        m.entry(flat::PDPT + 8 * 4, page_directory);
+        assert_eq!(m.run(), None);
+        assert_eq!(m.core.cpu.rip, target + 1);
+    }
+}

@@ -29,7 +29,7 @@ DEFAULT_MAX_PHYS_BITS = 46
 DEFAULT_RNG_SOURCE = "/dev/urandom"
 
 # Features that can be switched on or off (rust/vcpu/src/profile.rs).
-CPU_FEATURES = ("x2apic", "smap", "umip", "pku", "pks", "rdpid")
+CPU_FEATURES = ("x2apic", "smap", "umip", "pku", "pks", "rdpid", "far64")
 # pc-testdev; isa-debug-exit; QEMU's firmware configuration; the 8259s and the 8254.
 TEST_DEVICES = ("Testdev", "DebugExit", "FwCfg", "PicPit")
 

@@ -14,12 +14,12 @@ pub fn select(instr: &Instruction) -> Option<Handler> {
         Code::Jmp_ptr1632 => jump_pointer::<4>,
         Code::Jmp_m1616 => jump_memory::<2>,
         Code::Jmp_m1632 => jump_memory::<4>,
-        Code::Jmp_m1664 => jump_memory::<8>,
+        Code::Jmp_m1664 => jump_rex,
         Code::Call_ptr1616 => call_pointer::<2>,
         Code::Call_ptr1632 => call_pointer::<4>,
         Code::Call_m1616 => call_memory::<2>,
         Code::Call_m1632 => call_memory::<4>,
-        Code::Call_m1664 => call_memory::<8>,
+        Code::Call_m1664 => call_rex,
         Code::Retfw | Code::Retfw_imm16 => far_return::<2>,
         Code::Retfd | Code::Retfd_imm16 => far_return::<4>,
         Code::Retfq | Code::Retfq_imm16 => far_return::<8>,
@@ -59,6 +59,14 @@ fn call_pointer<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault
 fn call_memory<const SIZE: u8>(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
     let (selector, offset) = memory::<SIZE>(core, i)?;
     core.far_call(i, selector, offset, SIZE)
+}
+
+/// With REX.W, which the profile's vendor ignores.
+fn jump_rex(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    if core.shared.switches.far64 { jump_memory::<8>(core, i) } else { jump_memory::<4>(core, i) }
+}
+fn call_rex(core: &mut Core, i: &Insn) -> Result<Flow, Fault> {
+    if core.shared.switches.far64 { call_memory::<8>(core, i) } else { call_memory::<4>(core, i) }
 }
 
 /// What a far jump or call leads to.
