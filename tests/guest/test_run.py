@@ -133,3 +133,33 @@ def test_changes_of_the_cpu_must_be_known(images):
     assert done.returncode == 1
     assert "no change of the CPU '+avx512'" in done.stderr
     assert run(*machine(images / "few"), "--cpu=-x2apic,+smap", "--cmdline", "0").returncode == 1
+
+
+def test_by_qemus_options(images, tmp_path):
+    (tmp_path / "environment").write_text("ONE=1")
+    words = [
+        installed("freezeframe-qemu"),
+        "-nodefaults",
+        "-device",
+        "pc-testdev",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+    ]
+    words += [
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x4",
+        "-machine",
+        "accel=tcg",
+        "-kernel",
+        str(images / "few"),
+    ]
+    words += ["-smp", "2", "-append", "1", "-initrd", str(tmp_path / "environment"), "-cpu", "max,+pcid"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 3
+    assert done.stderr == "freezeframe-qemu: warning: this CPU does not have the requested feature pcid\n"
+    assert "CPUS 2\nRAM 08000000\nLATCH 11aa3344\n" in done.stdout
+    assert done.stdout.endswith("TICK 5\n")
