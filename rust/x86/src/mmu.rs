@@ -637,11 +637,12 @@ impl Core {
                 level -= 1;
                 continue;
             }
-            if mark && !self.permitted(kind, user, rights, writable, allows_user, no_exec) {
-                return Err(self.page_fault(lin, kind, user, true, false));
-            }
+            // The error code tells of the key also where the page forbids the access anyhow.
             if mark && self.key_forbids(entry, kind, user, allows_user) {
                 return Err(self.key_fault(lin, kind, user));
+            }
+            if mark && !self.permitted(kind, user, rights, writable, allows_user, no_exec) {
+                return Err(self.page_fault(lin, kind, user, true, false));
             }
             if mark {
                 let want = entry | A | if kind == Kind::Write { D } else { 0 };
@@ -679,7 +680,7 @@ impl Core {
         kind != Kind::Write || writable || cpu.cr0 & CR0_WP == 0
     }
 
-    /// Whether the page's protection key forbids an access that everything else permits (SDM vol. 3, 4.6.2).
+    /// Whether the page's protection key forbids an access, whatever else says of it (SDM vol. 3, 4.6.2).
     #[inline]
     fn key_forbids(&self, entry: u64, kind: Kind, user: bool, allows_user: bool) -> bool {
         let cpu = &self.cpu;

@@ -234,3 +234,15 @@ fn far_jumps_with_a_64_bit_offset() {
         assert_eq!(m.core.cpu.rip, target + 1);
     }
 }
+
+#[test]
+fn a_key_shows_beside_other_reasons() {
+    let mut m = Machine::changed(&[0x48, 0x89, 0x07, 0xf4], ALL);
+    m.entry(PT + 8 * (DATA >> 12), DATA | P | U | 5 << 59);
+    *m.gpr(RDI) = DATA;
+    m.core.cpu.cr4 |= CR4_PKE;
+    m.core.cpu.pkru = 1 << 10;
+    m.core.flush_tlb_all();
+    let caught = m.run().expect("a fault");
+    assert_eq!((caught.vector, caught.error), (PF, 1 | 2 | 32), "read-only as well");
+}
