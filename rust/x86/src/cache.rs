@@ -11,7 +11,7 @@ use crate::run;
 use crate::state::CodeSize;
 
 /// Decoded instructions kept at most (40 bytes each); then everything is dropped. A Linux boot decodes 250 000.
-const ARENA: usize = 1 << 20;
+pub(crate) const ARENA: usize = 1 << 20;
 
 /// Pages remembered for vCPUs that do not run; one that missed more gives up all its write access.
 const MARKS: usize = 4096;
@@ -304,6 +304,12 @@ impl JumpCache {
     pub fn get(&self, linear: u64, key: u64, global: u64) -> Option<Span> {
         let e = &self.0[Self::index(linear)];
         (e.linear == linear && (e.key == key || e.key == global)).then_some(e.span)
+    }
+
+    /// Whether what `get` just found is valid until global pages change.
+    pub fn is_global(&self, linear: u64, global: u64) -> bool {
+        let e = &self.0[Self::index(linear)];
+        e.linear == linear && e.key == global
     }
 
     pub fn forget(&mut self, linear: u64) {

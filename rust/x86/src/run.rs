@@ -333,7 +333,7 @@ impl Core {
                 Some((link, generation)) if generation == self.generation => jit.link(link, id),
                 _ => {
                     self.tlb.note_fetch(self.cpu.rip);
-                    global = Some(self.tlb.is_global(self.cpu.rip, self.half));
+                    global = Some(self.jumps.is_global(self.cpu.rip, self.jump_key_global));
                 }
             }
             match jit.run(self, id, global) {

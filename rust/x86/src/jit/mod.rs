@@ -15,10 +15,9 @@ mod region;
 mod transfer;
 mod vector;
 
-use std::collections::HashMap;
-
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
+use crate::cache::ARENA;
 use crate::core::Core;
 use crate::insn::{Insn, TRANSLATED, UNTRANSLATABLE};
 use crate::run::End;
@@ -62,7 +61,8 @@ pub struct Jit {
     sites: Vec<Site>,
     blocks: Vec<Translated>,
     links: Vec<Link>,
-    by_start: HashMap<u32, u32>,
+    /// By a block's index in the block cache: 1 + the number of its translation, or 0. Mostly never touched.
+    by_start: Vec<u32>,
     same_flags: bool,
     decoded: Vec<Instruction>,
 }
@@ -111,7 +111,7 @@ impl Jit {
             sites: Vec::new(),
             blocks: Vec::new(),
             links: Vec::new(),
-            by_start: HashMap::new(),
+            by_start: vec![0; ARENA],
             same_flags: is_amd(),
             decoded: Vec::new(),
         })
@@ -160,7 +160,7 @@ impl Jit {
             incoming: Vec::new(),
         });
         self.next = (self.next + code.bytes.len()).next_multiple_of(16);
-        self.by_start.insert(block.start, id);
+        self.by_start[block.start as usize] = id + 1;
         block.insns[0].heat = TRANSLATED;
     }
 
@@ -184,7 +184,7 @@ impl Jit {
 
     /// The translation of the block that starts at `start`, if it is for this privilege level and fits the budget.
     pub fn find(&self, start: u32, half: usize, budget: u64) -> Option<u32> {
-        let id = *self.by_start.get(&start)?;
+        let id = self.by_start.get(start as usize)?.checked_sub(1)?;
         let block = &self.blocks[id as usize];
         (block.half == half && budget >= u64::from(block.count)).then_some(id)
     }
@@ -201,7 +201,7 @@ impl Jit {
 
     /// The block that started at `start` is dead: nobody may enter it again.
     pub fn kill(&mut self, start: u32) {
-        let Some(id) = self.by_start.remove(&start) else { return };
+        let Some(id) = self.by_start.get_mut(start as usize).map(std::mem::take).and_then(|n| n.checked_sub(1)) else { return };
         let block = &mut self.blocks[id as usize];
         for link in std::mem::take(&mut block.incoming) {
             let link = &self.links[link as usize];
@@ -220,7 +220,7 @@ impl Jit {
         self.sites.clear();
         self.blocks.clear();
         self.links.clear();
-        self.by_start.clear();
+        self.by_start = vec![0; ARENA];
     }
 
     /// Executes from block `id`, which is the one at RIP; `global`: see [`Codes::put`], `None`: its address is not to be remembered.

@@ -14,15 +14,27 @@ const DEFAULT: u16 = 0x37f;
 /// Runs instructions with the x87 state as working area. The first `fnclex` drops sticky flags that other code of this thread, or a
 /// surplus pop in `$after`, may have left.
 macro_rules! x87 {
-    ([$($before:literal),*] $ins:expr, [$($after:literal),*], $($operands:tt)*) => {{
+    ($cw:ident, [$($before:literal),*] $ins:expr, [$($after:literal),*], $($operands:tt)*) => {{
         let sw: u16;
-        // SAFETY: the x87 stack is empty here (all of it is declared clobbered) and is empty again at the end; no exception can
-        // be reported since only no-wait instructions run between `$ins` and `fnclex`; the pointers are to our own variables.
-        unsafe {
-            asm!("fnclex", $($before,)* "fldcw word ptr [{cw}]", $ins, "fnstsw ax", "fnclex", "fldcw word ptr [{default}]", $($after,)*
-                 $($operands)*, default = in(reg) &DEFAULT, out("ax") sw,
-                 out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
-                 out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
+        if $cw == DEFAULT {
+            // Rust's own control word: no exception is ever reported. Loading another one twice costs more than all the rest.
+            // SAFETY: as below.
+            unsafe {
+                asm!("fnclex", $($before,)* $ins, "fnstsw ax", $($after,)*
+                     $($operands)*, out("ax") sw,
+                     out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                     out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
+            }
+        } else {
+            // SAFETY: the x87 stack is empty here (all of it is declared clobbered) and is empty again at the end; no exception can
+            // be reported since only no-wait instructions run between `$ins` and `fnclex`; the pointers are to our own variables.
+            unsafe {
+                asm!("fnclex", $($before,)* "fldcw word ptr [{cw}]", $ins, "fnstsw ax", "fnclex", "fldcw word ptr [{default}]",
+                     $($after,)*
+                     $($operands)*, cw = in(reg) &$cw, default = in(reg) &DEFAULT, out("ax") sw,
+                     out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                     out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
+            }
         }
         sw
     }};
@@ -33,8 +45,8 @@ macro_rules! binary {
         /// ST0 = `a`, ST1 = `b`; what ST0 becomes.
         pub fn $name(cw: u16, a: &F80, b: &F80) -> (F80, u16) {
             let mut r = F80::default();
-            let sw = x87!(["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "fstp st(0)"],
-                          a = in(reg) a, b = in(reg) b, r = in(reg) &mut r, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "fstp st(0)"],
+                          a = in(reg) a, b = in(reg) b, r = in(reg) &mut r);
             (r, sw)
         }
     )*};
@@ -52,8 +64,8 @@ macro_rules! popping {
         /// ST0 = `a`, ST1 = `b`; what ST1 becomes (the new top).
         pub fn $name(cw: u16, a: &F80, b: &F80) -> (F80, u16) {
             let mut r = F80::default();
-            let sw = x87!(["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "ffree st(0)"],
-                          a = in(reg) a, b = in(reg) b, r = in(reg) &mut r, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "ffree st(0)"],
+                          a = in(reg) a, b = in(reg) b, r = in(reg) &mut r);
             // An unmasked exception keeps both operands: one is still there. The next user finds an empty stack again.
             if sw >> 11 & 7 == 6 {
                 init();
@@ -79,8 +91,8 @@ macro_rules! unary {
         /// ST0 = `a`; what it becomes.
         pub fn $name(cw: u16, a: &F80) -> (F80, u16) {
             let mut r = F80::default();
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]"],
-                          a = in(reg) a, r = in(reg) &mut r, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]"],
+                          a = in(reg) a, r = in(reg) &mut r);
             (r, sw)
         }
     )*};
@@ -93,8 +105,8 @@ macro_rules! pair {
         /// ST0 = `a`; the new ST0 and ST1. The status word's TOP is 6 if something was pushed, else 7 and ST1 is without meaning.
         pub fn $name(cw: u16, a: &F80) -> (F80, F80, u16) {
             let (mut r, mut s) = (F80::default(), F80::default());
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "fstp tbyte ptr [{s}]"],
-                          a = in(reg) a, r = in(reg) &mut r, s = in(reg) &mut s, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]", "fstp tbyte ptr [{s}]"],
+                          a = in(reg) a, r = in(reg) &mut r, s = in(reg) &mut s);
             if sw >> 11 & 7 != 6 {
                 init();
             }
@@ -110,8 +122,8 @@ macro_rules! memory {
         /// ST0 = `a`; what it becomes, or condition codes.
         pub fn $name(cw: u16, a: &F80, m: $ty) -> (F80, u16) {
             let mut r = F80::default();
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]"],
-                          a = in(reg) a, m = in(reg) &m, r = in(reg) &mut r, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{a}]"] $ins, ["fstp tbyte ptr [{r}]"],
+                          a = in(reg) a, m = in(reg) &m, r = in(reg) &mut r);
             (r, sw)
         }
     )*};
@@ -139,8 +151,8 @@ macro_rules! compare {
         /// (ZF, PF, CF) of ST0 = `a` against ST1 = `b`.
         pub fn $name(cw: u16, a: &F80, b: &F80) -> ((bool, bool, bool), u16) {
             let (z, p, c): (u8, u8, u8);
-            let sw = x87!(["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] concat!($ins, "\nsetz {z}\nsetp {p}\nsetc {c}"),
-                          ["fstp st(0)", "fstp st(0)"], a = in(reg) a, b = in(reg) b, cw = in(reg) &cw,
+            let sw = x87!(cw, ["fld tbyte ptr [{b}]", "fld tbyte ptr [{a}]"] concat!($ins, "\nsetz {z}\nsetp {p}\nsetc {c}"),
+                          ["fstp st(0)", "fstp st(0)"], a = in(reg) a, b = in(reg) b,
                           z = out(reg_byte) z, p = out(reg_byte) p, c = out(reg_byte) c);
             ((z != 0, p != 0, c != 0), sw)
         }
@@ -154,7 +166,7 @@ macro_rules! load {
         /// What is pushed. The status word's TOP is 7 if it was pushed, else 0.
         pub fn $name(cw: u16, m: $ty) -> (F80, u16) {
             let mut r = F80::default();
-            let sw = x87!([] $ins, ["fstp tbyte ptr [{r}]"], m = in(reg) &m, r = in(reg) &mut r, cw = in(reg) &cw);
+            let sw = x87!(cw, [] $ins, ["fstp tbyte ptr [{r}]"], m = in(reg) &m, r = in(reg) &mut r);
             if sw >> 11 & 7 == 0 {
                 init();
             }
@@ -170,7 +182,7 @@ macro_rules! constant {
         /// A constant, rounded as the control word says.
         pub fn $name(cw: u16) -> F80 {
             let mut r = F80::default();
-            x87!([] $ins, ["fstp tbyte ptr [{r}]"], r = in(reg) &mut r, cw = in(reg) &cw);
+            x87!(cw, [] $ins, ["fstp tbyte ptr [{r}]"], r = in(reg) &mut r);
             r
         }
     )*};
@@ -183,8 +195,8 @@ macro_rules! store {
         /// ST0 = `a`; what is stored (without meaning if an unmasked exception forbids the store).
         pub fn $name(cw: u16, a: &F80) -> ($ty, u16) {
             let mut m: $ty = $zero;
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, ["fstp st(0)"],
-                          a = in(reg) a, m = in(reg) &mut m, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{a}]"] $ins, ["fstp st(0)"],
+                          a = in(reg) a, m = in(reg) &mut m);
             (m, sw)
         }
     )*};
@@ -200,7 +212,7 @@ macro_rules! store_popping {
         /// As the others, for instructions that only exist with a pop.
         pub fn $name(cw: u16, a: &F80) -> ($ty, u16) {
             let mut m: $ty = $zero;
-            let sw = x87!(["fld tbyte ptr [{a}]"] $ins, [], a = in(reg) a, m = in(reg) &mut m, cw = in(reg) &cw);
+            let sw = x87!(cw, ["fld tbyte ptr [{a}]"] $ins, [], a = in(reg) a, m = in(reg) &mut m);
             if sw >> 11 & 7 != 0 {
                 init();
             }
