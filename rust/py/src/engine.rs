@@ -120,6 +120,15 @@ impl Engine {
         Ok(Self::connected(Either::Kvm(Box::new(made)), ioapic, msi))
     }
 
+    /// Why the software engine interprets code although a translator was asked for: the host does not let it have one.
+    #[getter]
+    fn untranslated(&self) -> PyResult<Option<String>> {
+        match &*self.standing()? {
+            Either::Software(engine) => Ok(engine.untranslated().map(str::to_owned)),
+            Either::Kvm(_) => Ok(None),
+        }
+    }
+
     /// `software` or `kvm`.
     #[getter]
     fn name(&self) -> PyResult<&'static str> {

@@ -121,7 +121,14 @@ impl Cache {
         self.threshold = executions.min(250);
     }
 
-    /// No block is translated any more: the host does not allow it.
+    /// As [`Cache::translate_after`], if this host allows it: an error says why it does not, and the interpreter goes on alone.
+    pub fn translate_if_possible(&mut self, executions: u8) -> std::io::Result<()> {
+        self.jit = Some(Jit::new()?);
+        self.translate_after(executions);
+        Ok(())
+    }
+
+    /// No block is translated any more.
     pub(crate) fn never_translate(&mut self) {
         self.threshold = NEVER;
     }

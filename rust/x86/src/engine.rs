@@ -40,6 +40,8 @@ pub struct SoftwareEngine {
     shared: Arc<Shared>,
     cores: Vec<Core>,
     cache: Cache,
+    /// Why there is no translator although one was wanted.
+    untranslated: Option<String>,
     /// Whose turn is next.
     turn: usize,
     /// Which vCPUs ended their last turn with PAUSE, and how many that are.
@@ -77,13 +79,15 @@ impl SoftwareEngine {
         let shared = Arc::new(Shared { tier, switches, ..Shared::new(memory, bus, clock, control, vcpus, phys_bits, eoi) });
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
         let mut cache = Cache::new();
-        if shared.tier == Tier::Translator {
-            cache.translate_after(HOT);
-        }
+        let untranslated = match shared.tier {
+            Tier::Translator => cache.translate_if_possible(HOT).err().map(|error| error.to_string()),
+            Tier::Interpreter => None,
+        };
         Ok(Self {
             shared,
             cores,
             cache,
+            untranslated,
             turn: 0,
             spinning: vec![false; vcpus],
             spinners: 0,
@@ -91,6 +95,11 @@ impl SoftwareEngine {
             rest: 0,
             begun: false,
         })
+    }
+
+    /// Why code is interpreted although a translator was asked for; `None` when there is nothing to say.
+    pub fn untranslated(&self) -> Option<&str> {
+        self.untranslated.as_deref()
     }
 
     /// Instructions that vCPU `n` has retired since this engine was made.

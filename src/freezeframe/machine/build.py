@@ -231,7 +231,10 @@ def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
     shape: dict[str, Any] = {"vcpus": cpus.boot_vcpus, "phys_bits": cpus.max_phys_bits, "changes": cpus.changes or ()}
     if report.name == "kvm":
         return _core.Engine.kvm(*connected, **shape)
-    return _core.Engine.software(*connected, **shape, tier=report.tier)
+    engine = _core.Engine.software(*connected, **shape, tier=report.tier)
+    if engine.untranslated is not None:
+        report.warning = f"code is interpreted, which is several times slower: no translator on this host: {engine.untranslated}"
+    return engine
 
 
 def _software_only(config: VmConfig) -> str | None:
