@@ -233,7 +233,9 @@ def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
         return _core.Engine.kvm(*connected, **shape)
     engine = _core.Engine.software(*connected, **shape, tier=report.tier)
     if engine.untranslated is not None:
-        report.warning = f"code is interpreted, which is several times slower: no translator on this host: {engine.untranslated}"
+        report.warning = (
+            f"code is interpreted, which is several times slower: no translator on this host: {engine.untranslated}"
+        )
     return engine
 
 
