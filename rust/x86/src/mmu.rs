@@ -5,7 +5,7 @@ use vcpu::Space;
 
 use crate::core::{AC, Core, Exception, GP, PF, Pending};
 use crate::insn::{AddrSize, Fault, Insn};
-use crate::state::{CodeSize, Cpu, Segment, flags};
+use crate::state::{CodeSize, Cpu, GPR_BLOCK, Segment, flags};
 use crate::tlb::{self, EXEC, GLOBAL, Tlb};
 
 const OFFSET: u64 = PAGE_SIZE - 1;
@@ -249,9 +249,10 @@ impl Core {
     }
 
     /// Host address of `lin` for writing `len` bytes of one page that holds decoded code, which dies at the end of the instruction:
-    /// clearing a recycled page costs one round of the loop instead of one for each element.
+    /// clearing a recycled page costs one round of the loop instead of one for each element. Not the page of the instruction `i`
+    /// itself: the element that changes it must be its last.
     #[cold]
-    pub(crate) fn code_write(&mut self, lin: u64, len: u64) -> Option<*mut u8> {
+    pub(crate) fn code_write(&mut self, i: &Insn, lin: u64, len: u64) -> Option<*mut u8> {
         let phys = match self.translate(lin, Kind::Write, Rights::Current) {
             Ok(phys) => phys,
             Err(Fault) => {
@@ -263,6 +264,13 @@ impl Core {
         let special = phys & !OFFSET == self.lapic_page || self.breakpoints.data;
         if special || !self.shared.memory.is_code(phys) {
             return None;
+        }
+        let own = self.cpu.gpr[usize::from(GPR_BLOCK)].wrapping_add(i.off.into());
+        for at in [own, own.wrapping_add(u64::from(i.len) - 1)] {
+            let at = self.linear(self.fetch_base, at);
+            if self.peek(at).is_none_or(|own| own & !OFFSET == phys & !OFFSET) {
+                return None;
+            }
         }
         let host = self.shared.memory.host_page(phys).ok()??;
         self.shared.memory.mark_dirty(phys);

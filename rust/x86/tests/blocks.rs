@@ -187,6 +187,22 @@ fn a_string_store_into_code_is_seen() {
 }
 
 #[test]
+fn a_string_store_that_changes_itself_is_refetched_whatever_the_turns() {
+    // nop four times; rep stosd to 3 bytes before it: its first iteration makes NOP; STOSD of it, which makes NOPs of what follows.
+    let code = [0x90, 0x90, 0x90, 0x90, 0xf3, 0xab, 0x90, 0x90, 0x90, 0x90, 0x90, 0xf4];
+    for turn in 1..6 {
+        let mut m = Machine::new(&code);
+        (*m.gpr(RAX), *m.gpr(RDI), *m.gpr(RCX)) = (0x9090_9090, CODE + 1, 100);
+        let mut left: u64 = 10;
+        while left > 0 {
+            m.steps(turn.min(left));
+            left -= turn.min(left);
+        }
+        assert_eq!((*m.gpr(RCX), *m.gpr(RDI), m.core.cpu.rip), (99, CODE + 9, CODE + 9), "turns of {turn}");
+    }
+}
+
+#[test]
 fn a_branch_follows_its_changed_target() {
     // l: cmp ecx, 3; jne f; mov byte [rdi], 5; f: mov al, 1; add ebx, eax; dec ecx; jnz l; hlt. RDI: the immediate of MOV AL.
     let mut m = Machine::new(&[0x83, 0xf9, 3, 0x75, 3, 0xc6, 7, 5, 0xb0, 1, 0x01, 0xc3, 0xff, 0xc9, 0x75, 0xf0, 0xf4]);

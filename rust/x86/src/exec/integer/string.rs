@@ -109,7 +109,7 @@ impl Str for Movs {
         }
         let bytes = (n * T::SIZE) as usize;
         let Some(src) = core.plain_read(from) else { return 0 };
-        let Some(dst) = core.plain_write(to).or_else(|| core.code_write(to, bytes as u64)) else { return 0 };
+        let Some(dst) = core.plain_write(to).or_else(|| core.code_write(i, to, bytes as u64)) else { return 0 };
         let distance = (dst as usize).wrapping_sub(src as usize);
         if distance < bytes && distance != 0 {
             // An overlapping copy upwards repeats what it wrote (the classic fill): element by element, but on the host.
@@ -147,7 +147,7 @@ impl Str for Stos {
         if n < 2 {
             return 0;
         }
-        let Some(dst) = core.plain_write(to).or_else(|| core.code_write(to, n * T::SIZE)) else { return 0 };
+        let Some(dst) = core.plain_write(to).or_else(|| core.code_write(i, to, n * T::SIZE)) else { return 0 };
         let v = T::of(core.cpu.gpr[RAX]);
         let byte = v.zext() as u8;
         let even = v == T::of(u64::from(byte) * 0x0101_0101_0101_0101);
