@@ -13,4 +13,5 @@ pub mod forms;
 pub mod generate;
 pub mod native;
 pub mod rng;
+pub mod tiers;
 pub mod values;

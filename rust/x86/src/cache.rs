@@ -133,6 +133,11 @@ impl Cache {
         self.threshold = NEVER;
     }
 
+    /// Blocks translated since everything was dropped last.
+    pub fn translations(&self) -> usize {
+        self.jit.as_ref().map_or(0, Jit::translations)
+    }
+
     /// Counts one execution of a block.
     #[inline(always)]
     pub(crate) fn heat(&mut self, span: Span) -> Heat {

@@ -117,6 +117,11 @@ impl Jit {
         })
     }
 
+    /// Blocks translated since everything was dropped last.
+    pub fn translations(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// Whether there is room for one more block.
     pub fn has_room(&self) -> bool {
         self.region.len() - self.next >= BLOCK && self.links.len() < 1 << 23 && self.blocks.len() < 1 << 23

@@ -1,0 +1,82 @@
+//! Many cases, counted.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use super::case::{Case, Pair};
+use super::program::Pools;
+use super::shrink;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub seed: u64,
+    pub first: u64,
+    pub cases: u64,
+    /// No case starts after this.
+    pub until: Option<Instant>,
+    /// Differences reported before it gives up.
+    pub examples: usize,
+    /// Executions before a translation, for all cases.
+    pub threshold: Option<u8>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { seed: 1, first: 0, cases: 10_000, until: None, examples: 3, threshold: None }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Summary {
+    pub cases: u64,
+    pub instructions: u64,
+    pub translated: u64,
+    pub early: u64,
+    pub storms: u64,
+    pub stale: u64,
+    pub differing: u64,
+}
+
+impl Summary {
+    pub fn text(&self, seed: u64) -> String {
+        format!(
+            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated, {} cases ended early, {} in endless faults, {} differ by old translations only; {} differ",
+            self.cases, self.instructions, self.translated, self.early, self.storms, self.stale, self.differing
+        )
+    }
+}
+
+/// Runs the cases; `tell` is given a text about each that differs.
+pub fn run(options: &Options, tell: impl Fn(&str)) -> Summary {
+    let pools = Pools::new();
+    let mut pair = Pair::new();
+    let mut summary = Summary::default();
+    for number in options.first..options.first.saturating_add(options.cases) {
+        if number % 16 == 0 && options.until.is_some_and(|t| Instant::now() >= t) {
+            break;
+        }
+        let mut case = Case::new(options.seed, number, &pools);
+        case.threshold = options.threshold.unwrap_or(case.threshold);
+        let before = (pair.early, pair.storms, pair.stale);
+        let outcome = catch_unwind(AssertUnwindSafe(|| pair.run(&case, u64::MAX)));
+        summary.cases += 1;
+        summary.instructions += pair.interpreter.core.cpu.icount;
+        summary.translated += pair.translator.cache.translations() as u64;
+        summary.early += pair.early - before.0;
+        summary.storms += pair.storms - before.1;
+        summary.stale += pair.stale - before.2;
+        match outcome {
+            Ok(Ok(())) => continue,
+            Ok(Err(_)) => tell(&shrink::report(&mut pair, &case, options.seed)),
+            Err(_) => {
+                tell(&format!("seed {} case {number}: panic\n{}", options.seed, case.listing()));
+                pair = Pair::new();
+            }
+        }
+        summary.differing += 1;
+        if summary.differing >= options.examples as u64 {
+            break;
+        }
+    }
+    summary
+}

@@ -1,0 +1,20 @@
+//! Interpreter and translator on the same random programs: enough for every run of the tests; fuzz/README.md has the long ones.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+use diff::tiers::campaign::{self, Options};
+
+#[test]
+fn both_tiers_agree() {
+    let options = Options { seed: 2026, cases: 4000, ..Options::default() };
+    let summary = campaign::run(&options, |report| eprintln!("{report}"));
+    assert_eq!(summary.differing, 0, "{}", summary.text(options.seed));
+    assert!(summary.translated > summary.cases && summary.early < summary.cases / 20, "{}", summary.text(options.seed));
+}
+
+/// Turns are the host's choice as well: one tier with turns of different lengths.
+#[test]
+fn turns_do_not_matter() {
+    let options = Options { seed: 2027, cases: 1500, threshold: Some(250), ..Options::default() };
+    let summary = campaign::run(&options, |report| eprintln!("{report}"));
+    assert_eq!(summary.differing, 0, "{}", summary.text(options.seed));
+}
