@@ -253,6 +253,10 @@ impl Core {
     /// itself: the element that changes it must be its last.
     #[cold]
     pub(crate) fn code_write(&mut self, i: &Insn, lin: u64, len: u64) -> Option<*mut u8> {
+        if self.aligned {
+            // What is not aligned faults before the page is looked up, which marks it as written.
+            return None;
+        }
         let phys = match self.translate(lin, Kind::Write, Rights::Current) {
             Ok(phys) => phys,
             Err(Fault) => {

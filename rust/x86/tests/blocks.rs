@@ -3,7 +3,7 @@
 
 mod flat;
 
-use flat::{CODE, DATA, Machine, P, PT, STACK, U, W};
+use flat::{A, CODE, D, DATA, Machine, P, PT, STACK, U, W};
 use x86::state::{RAX, RBX, RCX, RDI, RSI, flags};
 
 /// `mov ecx, 1000; l: add rax, rcx; xor rbx, rax; dec ecx; jnz l; hlt`
@@ -199,6 +199,21 @@ fn a_string_store_that_changes_itself_is_refetched_whatever_the_turns() {
             left -= turn.min(left);
         }
         assert_eq!((*m.gpr(RCX), *m.gpr(RDI), m.core.cpu.rip), (99, CODE + 9, CODE + 9), "turns of {turn}");
+    }
+}
+
+#[test]
+fn a_misaligned_string_store_leaves_the_page_clean_whatever_the_turns() {
+    for turn in [1, 100] {
+        // rep stosw to an odd address, in ring 3 with alignment checks.
+        let mut m = Machine::new(&[0x66, 0xf3, 0xab]);
+        let cpu = &mut m.core.cpu;
+        (cpu.cpl, cpu.cr0) = (3, cpu.cr0 | 1 << 18);
+        cpu.set_rflags(2 | 1 << 18);
+        m.core.refresh();
+        (*m.gpr(RDI), *m.gpr(RCX)) = (DATA + 1, 5);
+        let _ = m.core.run(&mut m.cache, turn);
+        assert_eq!(m.read(PT + 8 * (DATA >> 12)) & (A | D), 0, "turns of {turn}");
     }
 }
 
