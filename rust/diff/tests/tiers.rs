@@ -1,6 +1,7 @@
 //! Interpreter and translator on the same random programs: enough for every run of the tests; fuzz/README.md has the long ones.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
+use diff::tiers::bytes;
 use diff::tiers::campaign::{self, Options};
 
 #[test]
@@ -17,4 +18,13 @@ fn turns_do_not_matter() {
     let options = Options { seed: 2027, cases: 1500, threshold: Some(250), ..Options::default() };
     let summary = campaign::run(&options, |report| eprintln!("{report}"));
     assert_eq!(summary.differing, 0, "{}", summary.text(options.seed));
+}
+
+#[test]
+fn the_decoder_takes_any_bytes() {
+    for number in 0..20_000 {
+        if let Err(text) = bytes::check(2028, number) {
+            panic!("{text}");
+        }
+    }
 }

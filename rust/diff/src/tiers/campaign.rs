@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::case::{Case, Pair};
+use super::corpus::{self, Block};
 use super::program::Pools;
 use super::shrink;
 
@@ -49,13 +50,22 @@ impl Summary {
 /// Runs the cases; `tell` is given a text about each that differs.
 pub fn run(options: &Options, tell: impl Fn(&str)) -> Summary {
     let pools = Pools::new();
+    run_all(options, tell, |number| Some(Case::new(options.seed, number, &pools)))
+}
+
+/// As `run` with the blocks of a corpus in turn: case n is of block n modulo their number.
+pub fn run_corpus(options: &Options, blocks: &[Block], tell: impl Fn(&str)) -> Summary {
+    run_all(options, tell, |number| corpus::case(options.seed, number, &blocks[(number % blocks.len() as u64) as usize]))
+}
+
+fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<Case>) -> Summary {
     let mut pair = Pair::new();
     let mut summary = Summary::default();
     for number in options.first..options.first.saturating_add(options.cases) {
         if number % 16 == 0 && options.until.is_some_and(|t| Instant::now() >= t) {
             break;
         }
-        let mut case = Case::new(options.seed, number, &pools);
+        let Some(mut case) = make(number) else { continue };
         case.threshold = options.threshold.unwrap_or(case.threshold);
         let before = (pair.early, pair.storms, pair.stale);
         let outcome = catch_unwind(AssertUnwindSafe(|| pair.run(&case, u64::MAX)));

@@ -50,6 +50,13 @@ pub struct Item {
     pub at: u64,
 }
 
+impl Item {
+    /// One that stays as and where it is.
+    pub fn fixed(bytes: &[u8], at: u64) -> Self {
+        Self { bytes: bytes.to_vec(), fix: None, gap: 0, at }
+    }
+}
+
 /// Instructions by kind.
 pub struct Pools {
     common: Vec<Code>,
@@ -163,6 +170,37 @@ impl Default for Pools {
     }
 }
 
+/// An address with base for `size` bytes: mostly good.
+pub fn target(rng: &mut Rng, frame: Frame, size: u64) -> u64 {
+    let aligned = |rng: &mut Rng, base: u64| base + (rng.below(0xf00) & !15);
+    let near = |rng: &mut Rng, edge: u64| edge - 1 - rng.below(size + 2);
+    let address = match rng.below(100) {
+        0..=41 => aligned(rng, DATA),
+        42..=51 => aligned(rng, DATA + 0x1000),
+        52..=61 => DATA + rng.below(0x1f00),
+        62..=67 => near(rng, DATA + 0x1000),
+        68..=70 => near(rng, READ_ONLY),
+        71..=72 => aligned(rng, READ_ONLY),
+        73 => near(rng, HOLE),
+        74 => aligned(rng, HOLE),
+        75 => aligned(rng, SUPERVISOR),
+        76..=78 => aligned(rng, FRESH),
+        79 => return rng.pick(&[0x8000_0000_0000, 0x7fff_ffff_ffff, 0xffff_7fff_ffff_ffff, u64::MAX, 0x1234_5678_9abc_def0]),
+        80..=85 => CODE + rng.below(0x300),
+        86 => near(rng, CODE + 0x1000),
+        87..=88 => ALIAS + rng.below(0x300),
+        89..=90 => DEVICE + rng.below(0x40),
+        91 => near(rng, DEVICE),
+        92 => near(rng, NOBODY),
+        93 => near(rng, LAST),
+        94 => LAST + rng.below(0xff0),
+        95..=96 => LARGE + world::physical(DATA) + rng.below(0x800),
+        97 => LARGE + CODE + rng.below(0x300),
+        _ => STACK + rng.below(0x2000),
+    };
+    address + frame.base
+}
+
 /// Makes programs for one case.
 pub struct Author<'a> {
     rng: &'a mut Rng,
@@ -213,36 +251,9 @@ impl<'a> Author<'a> {
         self.items.push(Item { bytes: bytes.to_vec(), fix, gap, at: 0 });
     }
 
-    /// An address with base for `size` bytes: mostly good.
+    /// See [`target`].
     fn target(&mut self, size: u64) -> u64 {
-        let rng = &mut *self.rng;
-        let aligned = |rng: &mut Rng, base: u64| base + (rng.below(0xf00) & !15);
-        let near = |rng: &mut Rng, edge: u64| edge - 1 - rng.below(size + 2);
-        let address = match rng.below(100) {
-            0..=41 => aligned(rng, DATA),
-            42..=51 => aligned(rng, DATA + 0x1000),
-            52..=61 => DATA + rng.below(0x1f00),
-            62..=67 => near(rng, DATA + 0x1000),
-            68..=70 => near(rng, READ_ONLY),
-            71..=72 => aligned(rng, READ_ONLY),
-            73 => near(rng, HOLE),
-            74 => aligned(rng, HOLE),
-            75 => aligned(rng, SUPERVISOR),
-            76..=78 => aligned(rng, FRESH),
-            79 => return rng.pick(&[0x8000_0000_0000, 0x7fff_ffff_ffff, 0xffff_7fff_ffff_ffff, u64::MAX, 0x1234_5678_9abc_def0]),
-            80..=85 => CODE + rng.below(0x300),
-            86 => near(rng, CODE + 0x1000),
-            87..=88 => ALIAS + rng.below(0x300),
-            89..=90 => DEVICE + rng.below(0x40),
-            91 => near(rng, DEVICE),
-            92 => near(rng, NOBODY),
-            93 => near(rng, LAST),
-            94 => LAST + rng.below(0xff0),
-            95..=96 => LARGE + world::physical(DATA) + rng.below(0x800),
-            97 => LARGE + CODE + rng.below(0x300),
-            _ => STACK + rng.below(0x2000),
-        };
-        address + self.frame.base
+        target(self.rng, self.frame, size)
     }
 
     fn set_register(&mut self, r: usize, v: u64) {
