@@ -170,7 +170,9 @@ class Pair:
             thread.start()
         try:
             for thread in threads:
-                thread.join()
+                # A signal that comes just before an endless wait is not seen until it ends (CPython's lock_acquire).
+                while thread.is_alive():
+                    thread.join(0.1)
         except BaseException:
             for run in self.runs:
                 run.replay.interrupt()
