@@ -145,6 +145,19 @@ def test_digests_that_follow_memory_are_those_of_all_of_it(tmp_path):
         assert run.digests(afresh=True) == followed
 
 
+def test_looking_at_the_state_changes_nothing(tmp_path):
+    snapshot = frozen(tmp_path, guests.smp(4, x2apic=True, deadline=True), 4, until="T 3")
+
+    def end(every):
+        with replay(snapshot) as run:
+            for _ in range(2_000_000 // every):
+                run.advance(every)
+                run.state()
+            return run.state()
+
+    assert end(20_000) == end(2_000_000)
+
+
 def test_an_interrupt_ends_it(tmp_path, monkeypatch):
     snapshot = frozen(tmp_path, guests.tick())
     made = []

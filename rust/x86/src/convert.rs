@@ -111,6 +111,8 @@ impl Core {
     /// Everything that this vCPU can observe later. What was posted to it is taken over first, as it would be at its next
     /// instruction boundary.
     pub fn save(&mut self) -> VcpuState {
+        // What looks at the state does not change what comes next: the turn of a vCPU that has mail is a short one.
+        self.mail_read |= self.shared.apics.mailbox(self.vcpu).posted();
         self.take_mail();
         let c = &self.cpu;
         let g = &c.gpr;

@@ -106,6 +106,8 @@ pub struct Core {
     pub hwcr: u64,
     /// An event whose delivery a snapshot interrupted (only KVM makes such ones): comes before anything else.
     pub reinject: Option<Reinject>,
+    /// Mail was taken over into the state before the vCPU ran: by whoever saved it.
+    pub(crate) mail_read: bool,
     /// What the debug registers watch.
     pub breakpoints: Breakpoints,
     /// Set together with returning [`Fault`].
@@ -184,6 +186,7 @@ impl Core {
             tsc_adjust: 0,
             hwcr: 0,
             reinject: None,
+            mail_read: false,
             breakpoints: Breakpoints::default(),
             fault: None,
             noncanonical: false,

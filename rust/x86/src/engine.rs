@@ -166,7 +166,7 @@ impl SoftwareEngine {
     fn slice(&self, n: usize) -> u64 {
         let others = self.spinners - usize::from(self.spinning[n]);
         // Who sent this vCPU an interrupt may wait for its answer, with or without PAUSE.
-        let mail = self.shared.apics.count() > 1 && self.shared.apics.mailbox(n).posted();
+        let mail = self.shared.apics.count() > 1 && self.cores[n].has_mail();
         if others > 0 || mail { SHORT_SLICE } else { SLICE }
     }
 

@@ -131,7 +131,12 @@ impl Core {
     /// Whether [`Core::poll_events`] would do something. Cheap: called between blocks.
     #[inline(always)]
     pub fn event_pending(&self) -> bool {
-        self.shared.apics.mailbox(self.vcpu).posted() || self.deliverable() || self.reinject.is_some()
+        self.has_mail() || self.deliverable() || self.reinject.is_some()
+    }
+
+    /// Something was posted to this vCPU since it last ran.
+    pub(crate) fn has_mail(&self) -> bool {
+        self.mail_read || self.shared.apics.mailbox(self.vcpu).posted()
     }
 
     /// Something that has already arrived can be taken now.
@@ -144,6 +149,7 @@ impl Core {
 
     /// Takes over what was posted to this vCPU, then the most urgent NMI or interrupt that may be taken now. Wakes from HLT.
     pub fn poll_events(&mut self) -> Result<Delivered, Fault> {
+        self.mail_read = false;
         if self.shared.apics.mailbox(self.vcpu).posted() {
             self.take_mail();
         }
