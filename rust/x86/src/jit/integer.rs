@@ -47,7 +47,7 @@ pub fn shape(ins: &Instruction) -> Option<Shape> {
         N::Xchg => shape_of(Nothing, false, true, true),
         N::Xadd => shape_of(All, false, true, true),
         N::Cmpxchg => shape_of(All, false, true, false),
-        N::Clc | N::Stc | N::Cmc => shape_of(Part, mnemonic as u32 == N::Cmc as u32, false, false),
+        N::Clc | N::Stc | N::Cmc => shape_of(Part, mnemonic == N::Cmc, false, false),
         _ if operand::is_nop(mnemonic) => shape_of(Nothing, false, false, false),
         _ => match ins.condition_code() {
             iced_x86::ConditionCode::None => None,
