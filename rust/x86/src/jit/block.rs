@@ -55,24 +55,33 @@ pub struct Code {
     pub head_exit: usize,
 }
 
-pub struct Translator<'a> {
-    pub asm: Asm,
-    pub encoder: Encoder,
+/// What is translated, and for where.
+pub struct Unit<'a> {
+    /// Where the code will be.
+    pub base: u64,
     pub thunks: Thunks,
-    pub flags: Flags,
-    /// Whether anybody may want the flags as they are before instruction n.
-    pub need: Vec<bool>,
     /// The host leaves undefined flags as the interpreter does.
     pub same_flags: bool,
     /// TLB half of the privilege level that the block runs at: 0 or `tlb::USER`.
     pub half: usize,
     /// Where in its page the block begins.
     pub offset: u16,
+    pub insns: &'a [Insn],
+    /// Of all blocks: what the translator adds to for this one.
+    pub sites: &'a mut Vec<Site>,
+    /// The number of the block's first link.
+    pub first_link: u32,
+}
+
+pub struct Translator<'a> {
+    pub unit: Unit<'a>,
+    pub asm: Asm,
+    pub encoder: Encoder,
+    pub flags: Flags,
+    /// Whether anybody may want the flags as they are before instruction n.
+    pub need: Vec<bool>,
     /// It is known that SSE instructions may be executed.
     pub sse_checked: bool,
-    sites: &'a mut Vec<Site>,
-    insns: &'a [Insn],
-    first_link: u32,
     index: usize,
     cold: Vec<Cold>,
     exits: Vec<(usize, u16)>,
@@ -85,30 +94,14 @@ pub struct Unsupported;
 pub type Result<T = ()> = std::result::Result<T, Unsupported>;
 
 impl<'a> Translator<'a> {
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        base: u64,
-        thunks: Thunks,
-        same_flags: bool,
-        half: usize,
-        offset: u16,
-        sites: &'a mut Vec<Site>,
-        insns: &'a [Insn],
-        first_link: u32,
-    ) -> Self {
+    pub fn new(unit: Unit<'a>) -> Self {
         Self {
-            asm: Asm::new(base),
+            asm: Asm::new(unit.base),
+            unit,
             encoder: Encoder::new(64),
-            thunks,
             flags: Flags::Saved,
             need: Vec::new(),
-            same_flags,
-            half,
-            offset,
             sse_checked: false,
-            sites,
-            insns,
-            first_link,
             index: 0,
             cold: Vec::new(),
             exits: Vec::new(),
@@ -118,7 +111,7 @@ impl<'a> Translator<'a> {
 
     /// Translates the block; `id` is what its head exit reports.
     pub fn block(mut self, decoded: &[Instruction], id: u32) -> Code {
-        self.need = needs(decoded, self.same_flags);
+        self.need = needs(decoded, self.unit.same_flags);
         let count = decoded.len();
         // sub qword [BUDGET], count; jb short
         self.asm.rm(true, &[0x83], 5, word(frame::BUDGET));
@@ -130,7 +123,7 @@ impl<'a> Translator<'a> {
             ended = self.instruction(ins);
         }
         if !ended {
-            let next = i64::from(self.offset) + decoded.last().map_or(0, |i| i.next_ip()) as i64;
+            let next = i64::from(self.unit.offset) + decoded.last().map_or(0, |i| i.next_ip()) as i64;
             self.save_flags();
             transfer::goto(&mut self, next);
         }
@@ -140,14 +133,14 @@ impl<'a> Translator<'a> {
         self.asm.bytes(&[count as u8]);
         let head_exit = self.asm.here();
         self.asm.mov_eax(id << 8 | frame::HEAD as u32);
-        self.asm.jmp(self.thunks.leave);
+        self.asm.jmp(self.unit.thunks.leave);
         let exits = self.exit_code();
         Code { bytes: self.asm.buf, exits, head_exit }
     }
 
     /// Whether the block ends with it.
     fn instruction(&mut self, ins: &Instruction) -> bool {
-        let (here, flags, sites, cold) = (self.asm.here(), self.flags, self.sites.len(), self.cold.len());
+        let (here, flags, sites, cold) = (self.asm.here(), self.flags, self.unit.sites.len(), self.cold.len());
         let (exits, sse_checked) = (self.exits.len(), self.sse_checked);
         let ended = match transfer::template(self, ins) {
             Some(done) => done.map(|()| true),
@@ -162,7 +155,7 @@ impl<'a> Translator<'a> {
         // What was emitted of it is forgotten.
         self.asm.buf.truncate(here);
         (self.flags, self.sse_checked) = (flags, sse_checked);
-        self.sites.truncate(sites);
+        self.unit.sites.truncate(sites);
         self.cold.truncate(cold);
         self.exits.truncate(exits);
         self.waiting.clear();
@@ -184,22 +177,22 @@ impl<'a> Translator<'a> {
         self.save_flags();
         let site = self.site(ins);
         self.asm.mov_eax(site);
-        self.asm.call(self.thunks.step);
+        self.asm.call(self.unit.thunks.step);
         self.flags = Flags::Saved;
     }
 
     fn site(&mut self, ins: &Instruction) -> u32 {
-        let insn = &self.insns[self.index];
-        self.sites.push(Site {
+        let insn = &self.unit.insns[self.index];
+        self.unit.sites.push(Site {
             f: insn.f,
             insn,
-            start: self.insns.as_ptr(),
-            count: self.insns.len() as u8,
-            offset: self.offset,
+            start: self.unit.insns.as_ptr(),
+            count: self.unit.insns.len() as u8,
+            offset: self.unit.offset,
             flags: !ignores_flags(ins),
             floats: vector::floats(ins),
         });
-        self.sites.len() as u32 - 1
+        self.unit.sites.len() as u32 - 1
     }
 
     fn cold_code(&mut self) {
@@ -208,7 +201,7 @@ impl<'a> Translator<'a> {
                 self.asm.land(jump);
             }
             self.asm.mov_eax(cold.site);
-            self.asm.call(self.thunks.step);
+            self.asm.call(self.unit.thunks.step);
             match cold.resume {
                 Some(resume) => {
                     if cold.restore_flags {
@@ -227,8 +220,8 @@ impl<'a> Translator<'a> {
         for (at, target) in std::mem::take(&mut self.exits) {
             let unknown = self.asm.here();
             self.asm.aim(at, unknown);
-            self.asm.mov_eax((self.first_link + exits.len() as u32) << 8 | frame::LINK as u32);
-            self.asm.jmp(self.thunks.leave);
+            self.asm.mov_eax((self.unit.first_link + exits.len() as u32) << 8 | frame::LINK as u32);
+            self.asm.jmp(self.unit.thunks.leave);
             exits.push(Exit { at, unknown, target });
         }
         exits
@@ -274,7 +267,7 @@ impl<'a> Translator<'a> {
 
     /// Finds the page of the access of `size` bytes at RAX in the TLB. After it RAX is the offset in the page, R11 the page's host address.
     pub fn translate(&mut self, size: u32, write: bool) {
-        let entries = frame::tlb() + (self.half * 32) as i32;
+        let entries = frame::tlb() + (self.unit.half * 32) as i32;
         self.asm.mov(R11, RAX);
         // shr r11d, 7; and r11d, 2047 << 5
         self.asm.bytes(&[0x41, 0xc1, 0xeb, 7, 0x41, 0x81, 0xe3]);

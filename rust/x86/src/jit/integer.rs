@@ -98,7 +98,7 @@ pub fn template(t: &mut Translator<'_>, ins: &Instruction) -> Result {
         };
     };
     // Where the host's undefined flags are other ones, the interpreter's are made by its own function.
-    if !t.same_flags && t.needed_after() && differs(ins) {
+    if !t.unit.same_flags && t.needed_after() && differs(ins) {
         return Err(Unsupported);
     }
     if operand::is_nop(ins.mnemonic()) {

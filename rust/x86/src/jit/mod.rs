@@ -136,17 +136,16 @@ impl Jit {
         let decoded = std::mem::take(&mut self.decoded);
         let base = self.region.address(self.next);
         let id = self.blocks.len() as u32;
-        let first_link = self.links.len() as u32;
-        let translator = block::Translator::new(
+        let translator = block::Translator::new(block::Unit {
             base,
-            self.thunks,
-            self.same_flags,
-            block.half,
-            block.offset,
-            &mut self.sites,
-            block.insns,
-            first_link,
-        );
+            thunks: self.thunks,
+            same_flags: self.same_flags,
+            half: block.half,
+            offset: block.offset,
+            insns: block.insns,
+            sites: &mut self.sites,
+            first_link: self.links.len() as u32,
+        });
         let code = translator.block(&decoded, id);
         self.decoded = decoded;
         debug_assert!(code.bytes.len() <= BLOCK, "{} bytes for a block", code.bytes.len());

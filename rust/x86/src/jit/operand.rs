@@ -109,7 +109,7 @@ impl Translator<'_> {
         let disp = i32::try_from(ins.memory_displacement64() as i64).map_err(|_| Unsupported)?;
         let narrow = base.is_gpr32() || index.is_gpr32();
         if base == Register::RIP {
-            let offset = i32::from(self.offset).checked_add(disp).ok_or(Unsupported)?;
+            let offset = i32::from(self.unit.offset).checked_add(disp).ok_or(Unsupported)?;
             self.linear(offset);
         } else if base == Register::None && index == Register::None {
             if ins.memory_displ_size() != 8 {

@@ -146,7 +146,7 @@ pub fn goto(t: &mut Translator<'_>, offset: i64) {
         }
         Err(_) => unreachable!("direct branches reach 2 GiB"),
     }
-    t.asm.jmp(t.thunks.jump);
+    t.asm.jmp(t.unit.thunks.jump);
 }
 
 /// R11 = the entry of the address in RAX.
@@ -166,7 +166,7 @@ fn probe(t: &mut Translator<'_>) -> usize {
 }
 
 fn entries(t: &Translator<'_>) -> i32 {
-    frame::codes() + codes::half(t.half) as i32
+    frame::codes() + codes::half(t.unit.half) as i32
 }
 
 /// Goes to the entry at R11, whose address RAX holds.
@@ -180,7 +180,7 @@ fn go(t: &mut Translator<'_>) {
 
 /// Where a direct branch goes, from the start of the page.
 fn target(t: &Translator<'_>, ins: &Instruction) -> Result<i64> {
-    let offset = i64::from(t.offset).wrapping_add(ins.near_branch64() as i64);
+    let offset = i64::from(t.unit.offset).wrapping_add(ins.near_branch64() as i64);
     if i32::try_from(offset).is_ok() { Ok(offset) } else { Err(Unsupported) }
 }
 
@@ -197,7 +197,7 @@ fn conditional(t: &mut Translator<'_>, ins: &Instruction) -> Result {
     t.save_flags();
     let condition = (ins.condition_code() as u8).wrapping_sub(1);
     let taken = t.asm.jcc_forward(condition & 15);
-    let next = i64::from(t.offset) + ins.next_ip() as i64;
+    let next = i64::from(t.unit.offset) + ins.next_ip() as i64;
     if (0..4096).contains(&target) {
         t.exit(taken, target as u16);
         goto(t, next);
@@ -213,7 +213,7 @@ fn conditional(t: &mut Translator<'_>, ins: &Instruction) -> Result {
 fn push_return(t: &mut Translator<'_>, ins: &Instruction) {
     below_top(t);
     t.asm.lea(R11, Mem::indexed(R11, RAX, 0));
-    t.linear(i32::from(t.offset) + ins.next_ip() as i32);
+    t.linear(i32::from(t.unit.offset) + ins.next_ip() as i32);
     t.asm.store(Mem::at(R11, 0), RAX);
     move_top(t, -8);
 }
