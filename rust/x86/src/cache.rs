@@ -77,9 +77,8 @@ pub struct Cache {
     /// The last pages that became code, for TLBs of vCPUs that did not run meanwhile.
     marks: Vec<u64>,
     marks_base: usize,
-    /// Interpreted executions after which a block is translated; [`NEVER`]: none is.
+    /// Interpreted executions after which a block is translated; [`NEVER`]: none is, because there is no translator.
     threshold: u8,
-    /// Made when the first block is to be translated.
     pub(crate) jit: Option<Jit>,
 }
 
@@ -116,21 +115,14 @@ impl Cache {
         Self::default()
     }
 
-    /// Blocks are translated after `executions` (at most 250) by the interpreter.
-    pub fn translate_after(&mut self, executions: u8) {
+    /// Blocks are translated after `executions` (at most 250) by the interpreter, if this host allows it: an error says why it does
+    /// not, and the interpreter goes on alone.
+    pub fn translate_after(&mut self, executions: u8) -> std::io::Result<()> {
+        if self.jit.is_none() {
+            self.jit = Some(Jit::new()?);
+        }
         self.threshold = executions.min(250);
-    }
-
-    /// As [`Cache::translate_after`], if this host allows it: an error says why it does not, and the interpreter goes on alone.
-    pub fn translate_if_possible(&mut self, executions: u8) -> std::io::Result<()> {
-        self.jit = Some(Jit::new()?);
-        self.translate_after(executions);
         Ok(())
-    }
-
-    /// No block is translated any more.
-    pub(crate) fn never_translate(&mut self) {
-        self.threshold = NEVER;
     }
 
     /// Blocks translated since everything was dropped last.

@@ -80,7 +80,7 @@ impl SoftwareEngine {
         let cores = (0..vcpus).map(|n| Core::new(shared.clone(), n)).collect();
         let mut cache = Cache::new();
         let untranslated = match shared.tier {
-            Tier::Translator => cache.translate_if_possible(HOT).err().map(|error| error.to_string()),
+            Tier::Translator => cache.translate_after(HOT).err().map(|error| error.to_string()),
             Tier::Interpreter => None,
         };
         Ok(Self {

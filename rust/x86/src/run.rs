@@ -7,7 +7,7 @@ use crate::cache::{Cache, Heat, Key, Span};
 use crate::core::{Core, Exception, GP, Pending, SS};
 use crate::decode::{self, Decoded, MAX_INSNS, MAX_LEN};
 use crate::insn::{Fault, Flow, Insn, LINK, STACK};
-use crate::jit::{self, Jit, Left};
+use crate::jit::{self, Left};
 use crate::mmu::{Kind, Rights};
 use crate::state::{Activity, CS, CodeSize, GPR_BLOCK, flags};
 
@@ -362,12 +362,6 @@ impl Core {
         if cache.jit.as_ref().is_some_and(|jit| !jit.has_room()) {
             // Everything starts anew, when no block is running.
             return cache.clear(&self.shared.memory);
-        }
-        if cache.jit.is_none() {
-            match Jit::new() {
-                Ok(jit) => cache.jit = Some(jit),
-                Err(_) => return cache.never_translate(),
-            }
         }
         let rip = self.cpu.rip;
         let mut bytes = [0; MAX_INSNS * MAX_LEN];
