@@ -170,18 +170,23 @@ impl SoftwareEngine {
         if others > 0 || mail { SHORT_SLICE } else { SLICE }
     }
 
-    /// One vCPU's turn.
-    fn turn(&mut self, n: usize) -> Result<Turn, Stop> {
-        let slice = self.slice(n);
+    /// Whether vCPU `n` has something to do, now that its timer has been looked at.
+    fn awake(&mut self, n: usize) -> bool {
         let core = &mut self.cores[n];
         let clock = &self.shared.clock;
         if core.lapic.timer_armed() {
             core.lapic.poll_timer(clock.tsc(), core.tsc_adjust, clock.tsc_khz());
         }
-        if core.cpu.activity != Activity::Running && !core.event_pending() {
+        core.cpu.activity == Activity::Running || core.event_pending()
+    }
+
+    /// One vCPU's turn.
+    fn turn(&mut self, n: usize) -> Result<Turn, Stop> {
+        let slice = self.slice(n);
+        if !self.awake(n) {
             return Ok(Turn::Idle);
         }
-        let exit = core.run(&mut self.cache, slice);
+        let exit = self.cores[n].run(&mut self.cache, slice);
         let spins = matches!(exit, RunExit::Pause);
         self.ended(n, spins, exit)
     }
@@ -222,24 +227,21 @@ impl SoftwareEngine {
     /// One vCPU's turn, or the rest of one that the limit cut: it goes on as if nothing had been. A turn also ends when the vCPU's own
     /// timer is due.
     fn counted_turn(&mut self, n: usize, count: &Count) -> Result<Turn, Stop> {
-        let slice = self.slice(n);
-        let core = &mut self.cores[n];
-        let clock = &self.shared.clock;
         let whole = match std::mem::take(&mut self.rest) {
             0 => {
-                if core.lapic.timer_armed() {
-                    core.lapic.poll_timer(clock.tsc(), core.tsc_adjust, clock.tsc_khz());
-                }
-                if core.cpu.activity != Activity::Running && !core.event_pending() {
+                let slice = self.slice(n);
+                if !self.awake(n) {
                     return Ok(Turn::Idle);
                 }
-                let timer = core.lapic.timer_left(clock.tsc(), core.tsc_adjust);
+                let core = &self.cores[n];
+                let timer = core.lapic.timer_left(self.shared.clock.tsc(), core.tsc_adjust);
                 slice.min(timer.map_or(u64::MAX, |ticks| count.until(ticks).div_ceil(NS_PER_INSTRUCTION).max(1)))
             }
             rest => rest,
         };
         let (before, limit) = (count.retired(), count.limit());
         let budget = whole.min(limit - before);
+        let core = &mut self.cores[n];
         core.count_base = before.wrapping_sub(core.cpu.icount);
         let exit = core.run(&mut self.cache, budget);
         core.tell_count();
