@@ -126,7 +126,7 @@ def table(results: Results) -> str:
 
 
 def section(results: Results, rounds: int, engine: str) -> str:
-    _runs, why, _fit = _core.kvm_probe()
+    _runs, why, *_ = _core.kvm_probe()
     return f"""{HEADING}
 `python -m bench.kvm --record` puts this here: {rounds} rounds, engine {engine}, Linux {platform.release()}, {os.cpu_count()} CPUs, whose KVM was tried: {why}.
 The guest touches {TOUCHED_MIB} MiB and prints at each interrupt of a 1 kHz timer. Milliseconds, min / **median** / max. In italics: medians *quoted* from another day on

@@ -60,7 +60,7 @@ def why_not_kvm() -> str | None:
     """Why Linux cannot run on this host's KVM; None where it can."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "/dev/kvm cannot be opened here"
-    runs, found, _ = _core.kvm_probe()
+    runs, found, *_ = _core.kvm_probe()
     return None if runs else f"Linux does not run on this host's KVM: {found}"
 
 

@@ -17,6 +17,22 @@ pub struct Probe {
     /// Whether guests can be shown a TSC of their own; `None` where there is no KVM to ask.
     pub tsc: Option<TscControl>,
     pub reason: String,
+    /// Whether the same would be found until the host boots anew: not where it may be chance, such as a busy host, or a processor that
+    /// another program has taken.
+    pub lasting: bool,
+}
+
+/// Why Linux is not expected to boot.
+struct Unfit {
+    reason: String,
+    lasting: bool,
+}
+
+/// What the host did, and may not do the next time.
+impl From<String> for Unfit {
+    fn from(reason: String) -> Self {
+        Self { reason, lasting: false }
+    }
 }
 
 impl Probe {
@@ -61,8 +77,8 @@ const UNKNOWN: &str = "KVM does not know it";
 pub fn probe() -> Probe {
     let mut tsc = None;
     match measure(&mut tsc) {
-        Ok(reason) => Probe { runs: true, tsc, reason: reason + shown(tsc) },
-        Err(reason) => Probe { runs: false, tsc, reason: reason + shown(tsc) },
+        Ok(reason) => Probe { runs: true, tsc, reason: reason + shown(tsc), lasting: true },
+        Err(Unfit { reason, lasting }) => Probe { runs: false, tsc, reason: reason + shown(tsc), lasting },
     }
 }
 
@@ -74,11 +90,12 @@ fn said<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) -> Result<T, St
     done.map_err(|e| format!("{what} fails: {e}"))
 }
 
-fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
+fn measure(control: &mut Option<TscControl>) -> Result<String, Unfit> {
     let host = Host::open().map_err(|e| e.message)?;
     let lacks = host.missing();
     if !lacks.is_empty() {
-        return Err(format!("this host lacks what every guest is shown: {}", lacks.join(", ")));
+        let reason = format!("this host lacks what every guest is shown: {}", lacks.join(", "));
+        return Err(Unfit { reason, lasting: true });
     }
     let kvm = &host.kvm;
     let memory = said("memory", GuestMemory::new(&[RegionLayout { gpa: 0, size: SIZE }]))?;
@@ -101,8 +118,10 @@ fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
 
     // The instructions first: they say more than a figure, and cost nothing.
     let mut missing: Vec<String> = Vec::new();
+    let mut lasting = false;
     for (name, code) in NEEDED {
         if let Err(why) = run(&mut fd, &memory, code)? {
+            lasting |= why == UNKNOWN;
             missing.push(if why == UNKNOWN { (*name).into() } else { format!("{name} ({why})") });
         }
     }
@@ -114,12 +133,13 @@ fn measure(control: &mut Option<TscControl>) -> Result<String, String> {
     let lacks = host.unoffered();
     if !lacks.is_empty() {
         problems.push(format!("it does not offer to guests: {}", lacks.join(", ")));
+        lasting = true;
     }
     if rate < FAST {
         problems.push(format!("it interprets kernel code, at {:.1} million instructions a second", rate as f64 / 1e6));
     }
     if !problems.is_empty() {
-        return Err(problems.join("; "));
+        return Err(Unfit { reason: problems.join("; "), lasting });
     }
     Ok(format!("it runs kernel code on the processor ({} million instructions a second)", rate / 1_000_000))
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 fn it_decides_in_a_few_milliseconds_and_says_why() {
     if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
         let probe = kvm::probe();
-        assert!(!probe.runs && !probe.fit() && probe.tsc.is_none());
+        assert!(!probe.runs && !probe.fit() && !probe.lasting && probe.tsc.is_none());
         assert!(probe.reason.contains("/dev/kvm"), "{}", probe.reason);
         return;
     }
@@ -17,6 +17,9 @@ fn it_decides_in_a_few_milliseconds_and_says_why() {
         fastest = fastest.min(started.elapsed().as_millis());
         assert!(probe.tsc.is_some());
         assert_eq!(probe.runs, !probe.reason.contains("ring 0") && !probe.reason.contains("interprets"), "{}", probe.reason);
+        // What only a busy host may have spoiled is not kept.
+        let chance = !probe.reason.contains("ring 0") && !probe.reason.contains("offer");
+        assert_eq!(probe.lasting, probe.runs || !chance, "{}", probe.reason);
         eprintln!("{}", probe.reason);
     }
     eprintln!("{fastest} ms");

@@ -242,12 +242,12 @@ fn kvm_refused(error: EngineError) -> PyErr {
     }
 }
 
-/// What was found of this host's KVM: (whether Linux can be expected to boot, the reason, whether `auto` takes it). Takes a
-/// few milliseconds.
+/// What is found of this host's KVM now: (whether Linux can be expected to boot, the reason, whether `auto` takes it, whether that
+/// holds until the host boots anew). Takes some milliseconds.
 #[pyfunction]
-pub fn kvm_probe(py: Python<'_>) -> (bool, String, bool) {
+pub fn kvm_probe(py: Python<'_>) -> (bool, String, bool, bool) {
     let probe = py.detach(kvm::probe);
-    (probe.runs, probe.reason.clone(), probe.fit())
+    (probe.runs, probe.reason.clone(), probe.fit(), probe.lasting)
 }
 
 /// Why the KVM engine cannot have a restored machine's memory when it is touched; None where it can.

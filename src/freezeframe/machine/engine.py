@@ -20,6 +20,9 @@ VARIABLE = "FREEZEFRAME_ENGINE"
 TIERS = ("interpreter", "translator")
 TIER_VARIABLE = "FREEZEFRAME_TIER"
 KVM_DEVICE = "/dev/kvm"
+TRIAL_VARIABLE = "FREEZEFRAME_KVM_TRIAL"
+TRIALS = ("remembered", "fresh")
+ANSWER = "kvm"
 
 
 class EngineReport:
@@ -66,9 +69,9 @@ def choose(asked: str | None, tier: str | None = None) -> EngineReport:
                 f"the kvm engine: {_no_device()}",
                 hint="leave the engine at auto or ask for software",
             )
-        runs, found, _ = _measured()
-        warning = None if runs else f"Linux is not expected to boot on the kvm engine of this host: {found}"
-        return EngineReport("kvm", f"asked for by {source}; {KVM_DEVICE} was tried: {found}", warning=warning)
+        trial = _tried()
+        warning = None if trial.runs else f"Linux is not expected to boot on the kvm engine of this host: {trial.found}"
+        return EngineReport("kvm", f"asked for by {source}; {trial}", warning=warning)
     raise Refused(f"no engine {asked!r} ({source}): auto, kvm or software")
 
 
@@ -89,16 +92,63 @@ def _fit() -> tuple[bool, str]:
     """Whether `auto` takes KVM, and why: all that Linux needs is there, and a guest's TSC can be set."""
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return False, _no_device()
-    _, found, fit = _measured()
-    return fit, f"{KVM_DEVICE} was tried: {found}"
+    trial = _known_or_tried()
+    return trial.fit, str(trial)
+
+
+class Trial:
+    """What a throw-away machine says of this host's KVM: that the device exists says nothing.
+
+    `runs`: Linux can be expected to boot. `fit`: `auto` takes it. `found`: a sentence for people. `earlier`: it was
+    another process that tried.
+    """
+
+    __slots__ = ("earlier", "fit", "found", "runs")
+
+    def __init__(self, *, runs: bool, fit: bool, found: str, earlier: bool = False) -> None:
+        self.runs = runs
+        self.fit = fit
+        self.found = found
+        self.earlier = earlier
+
+    def __str__(self) -> str:
+        when = " earlier in this boot of the host" if self.earlier else ""
+        return f"{KVM_DEVICE} was tried{when}: {self.found}"
 
 
 @functools.cache
-def _measured() -> tuple[bool, str, bool]:
-    """What a throw-away machine says of this host's KVM: that the device exists says nothing."""
+def _tried() -> Trial:
+    """Tries KVM now, which takes some 10 ms, and keeps for others what does not depend on the moment."""
     from freezeframe import _core
+    from freezeframe.machine import per_boot
 
-    return _core.kvm_probe()
+    runs, found, fit, lasting = _core.kvm_probe()
+    if lasting:
+        per_boot.remember(ANSWER, f"{int(runs)}{int(fit)} {found}", *_identity())
+    return Trial(runs=runs, fit=fit, found=found)
+
+
+@functools.cache
+def _known_or_tried() -> Trial:
+    """What an earlier process of this user's found out since the host's boot, or what is found now."""
+    from freezeframe.machine import per_boot
+
+    how = os.environ.get(TRIAL_VARIABLE) or "remembered"
+    if how not in TRIALS:
+        raise Refused(f"no trial {how!r} (the variable {TRIAL_VARIABLE}): remembered or fresh")
+    answer = per_boot.recall(ANSWER, *_identity()) if how == "remembered" else None
+    if answer is None or answer[:3] not in ("00 ", "10 ", "11 ") or not answer[3:]:
+        return _tried()
+    return Trial(runs=answer[0] == "1", fit=answer[1] == "1", found=answer[3:], earlier=True)
+
+
+def _identity() -> tuple[int, ...]:
+    """Of the device: another one after KVM's module was loaded anew."""
+    try:
+        found = os.stat(KVM_DEVICE)
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_rdev)
 
 
 def settle(

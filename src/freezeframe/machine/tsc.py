@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 from freezeframe import _core
+from freezeframe.machine import per_boot
 
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
 # Two rates this close are one (the kernel's own limit for TSC drift that NTP can correct).
 TOLERANCE_PPM = 250
+ANSWER = "tsc-khz"
 # What a guest is told where the host has no counter that can be used.
 FALLBACK_KHZ = 2_000_000
 
@@ -19,42 +20,16 @@ KVM_GET_TSC_KHZ = 0xAEA3
 
 def host_khz() -> int:
     """The host's TSC rate in kHz, 0 when it has none that can be used."""
-    path = _cache_path()
-    if path is not None:
-        try:
-            with open(path, encoding="ascii") as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            pass
+    known = per_boot.recall(ANSWER)
+    if known is not None and known.isascii() and known.isdigit():
+        return int(known)
     rate = _kvm_khz() or _core.host_tsc_khz()
-    if path is not None:
-        _remember(path, rate)
+    per_boot.remember(ANSWER, str(rate))
     return rate
 
 
 def same(khz: int, other: int) -> bool:
     return abs(khz - other) * 1_000_000 <= TOLERANCE_PPM * khz
-
-
-def _cache_path() -> str | None:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    try:
-        with open(BOOT_ID, encoding="ascii") as file:
-            return os.path.join(base, "freezeframe", f"tsc-khz-{file.read().strip()}")
-    except OSError:
-        return None
-
-
-def _remember(path: str, rate: int) -> None:
-    """Only a cache: where it cannot be written the next start measures again."""
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "w", encoding="ascii") as file:
-            file.write(f"{rate}\n")
-        os.rename(temporary, path)
-    except OSError:
-        pass
 
 
 def _kvm_khz() -> int:

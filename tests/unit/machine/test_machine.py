@@ -309,7 +309,8 @@ def found(monkeypatch, *, runs, fit):
     """A /dev/kvm of which a trial says this."""
     monkeypatch.delenv(engine.VARIABLE, raising=False)
     monkeypatch.setattr(engine, "KVM_DEVICE", os.devnull)
-    monkeypatch.setattr(engine, "_measured", lambda: (runs, "it hums", fit))
+    for how in ("_tried", "_known_or_tried"):
+        monkeypatch.setattr(engine, how, lambda: engine.Trial(runs=runs, fit=fit, found="it hums"))
 
 
 @pytest.mark.parametrize("fit", [False, True])
