@@ -118,9 +118,11 @@ impl Cache {
     /// Blocks are translated after `executions` (at most 250) by the interpreter, if this host allows it: an error says why it does
     /// not, and the interpreter goes on alone.
     pub fn translate_after(&mut self, executions: u8) -> std::io::Result<()> {
-        if self.jit.is_none() {
-            self.jit = Some(Jit::new()?);
-        }
+        let jit = match &mut self.jit {
+            Some(jit) => jit,
+            none => none.insert(Jit::new()?),
+        };
+        jit.eager = executions == 0;
         self.threshold = executions.min(250);
         Ok(())
     }

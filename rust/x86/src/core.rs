@@ -163,6 +163,10 @@ pub struct Core {
     pub(crate) ended: Option<End>,
     /// Entries of translated code that begin with the guest's MXCSR loaded.
     pub(crate) floats: u8,
+    /// The guest's x87 registers on their way; after how many x87 instructions they are loaded, and how many there were.
+    pub(crate) x87: jit::X87Image,
+    pub(crate) x87_after: u8,
+    pub(crate) x87_count: u8,
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
 }
 
@@ -218,6 +222,9 @@ impl Core {
             entered: 0,
             ended: None,
             floats: 0,
+            x87: jit::X87Image::default(),
+            x87_after: 0,
+            x87_count: 0,
             panic: None,
         }
     }

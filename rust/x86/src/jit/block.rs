@@ -8,7 +8,7 @@ use iced_x86::{Encoder, FlowControl, Instruction, Mnemonic as N, OpKind};
 
 use super::asm::{Asm, Mem, R11, RAX, RBP};
 use super::frame::{self, PAGE, Site, Thunks, word};
-use super::{integer, operand, transfer, vector};
+use super::{integer, operand, transfer, vector, x87};
 use crate::insn::Insn;
 
 /// Where the arithmetic flags are. `Host`: only in RFLAGS.
@@ -82,6 +82,8 @@ pub struct Translator<'a> {
     pub need: Vec<bool>,
     /// It is known that SSE instructions may be executed.
     pub sse_checked: bool,
+    /// The instruction after this one, if it is in the block.
+    pub following: Option<Instruction>,
     index: usize,
     cold: Vec<Cold>,
     exits: Vec<(usize, u16)>,
@@ -102,6 +104,7 @@ impl<'a> Translator<'a> {
             flags: Flags::Saved,
             need: Vec::new(),
             sse_checked: false,
+            following: None,
             index: 0,
             cold: Vec::new(),
             exits: Vec::new(),
@@ -120,6 +123,7 @@ impl<'a> Translator<'a> {
         let mut ended = false;
         for (n, ins) in decoded.iter().enumerate() {
             self.index = n;
+            self.following = decoded.get(n + 1).copied();
             ended = self.instruction(ins);
         }
         if !ended {
@@ -191,6 +195,7 @@ impl<'a> Translator<'a> {
             offset: self.unit.offset,
             flags: !ignores_flags(ins),
             floats: vector::floats(ins),
+            x87: x87::computes(ins, self.unit.same_flags),
         });
         self.unit.sites.len() as u32 - 1
     }
@@ -235,6 +240,20 @@ impl<'a> Translator<'a> {
     /// The jump whose distance stands at `at` leaves the fast path of this instruction.
     pub fn slow(&mut self, at: usize) {
         self.waiting.push(at);
+    }
+
+    /// Off the fast path if this word is 0. RFLAGS are lost.
+    pub fn refuse_unless(&mut self, n: usize) {
+        // cmp byte [word], 0
+        self.asm.rm(false, &[0x80], 7, word(n));
+        self.asm.bytes(&[0]);
+        let slow = self.asm.jcc_forward(4);
+        self.slow(slow);
+    }
+
+    /// The instruction as the interpreter knows it.
+    pub fn insn(&self) -> &Insn {
+        &self.unit.insns[self.index]
     }
 
     pub fn needed_after(&self) -> bool {

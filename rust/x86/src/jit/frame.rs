@@ -11,7 +11,7 @@ use super::asm::{Asm, Mem, RAX, RBP, RDI};
 use crate::core::Core;
 use crate::insn::{Fault, Flow, Handler, Insn};
 use crate::run::End;
-use crate::state::{Cpu, GPR_BLOCK};
+use crate::state::{Cpu, Fpu, GPR_BLOCK};
 use crate::tlb::Tlb;
 
 /// Words of `Cpu::gpr` that only translated code uses.
@@ -26,6 +26,8 @@ pub const SCRATCH: usize = 22;
 pub const SSE: usize = 23;
 /// Not 0: MXCSR is the guest's.
 pub const FLOATING: usize = 24;
+/// Not 0: the host's x87 registers are, or on the way in and out will be, the guest's.
+pub const X87: usize = 25;
 
 /// Host register of each guest register; `None`: it stays in memory.
 pub const MAP: [Option<u8>; 16] = [
@@ -68,6 +70,19 @@ pub fn segment_base(segment: usize) -> Mem {
     Mem::at(RBP, field(offset_of!(Core, cpu) + offset_of!(Cpu, seg_base) + 8 * segment))
 }
 
+fn fpu(offset: usize) -> i32 {
+    field(offset_of!(Core, cpu) + offset_of!(Cpu, fpu) + offset)
+}
+pub fn fip() -> i32 {
+    fpu(offset_of!(Fpu, fip))
+}
+pub fn fdp() -> i32 {
+    fpu(offset_of!(Fpu, fdp))
+}
+pub fn fop() -> i32 {
+    fpu(offset_of!(Fpu, fop))
+}
+
 /// Displacement of a guest XMM register.
 pub fn xmm(n: usize) -> i32 {
     field(offset_of!(Core, cpu) + offset_of!(Cpu, xmm) + 16 * n)
@@ -91,6 +106,8 @@ pub struct Site {
     pub flags: bool,
     /// It computes under MXCSR and has a template.
     pub floats: bool,
+    /// It has a template that wants the guest's x87 registers loaded.
+    pub x87: bool,
 }
 
 // SAFETY: the pointers are looked at only while the block cache that they point into runs.
@@ -121,6 +138,23 @@ fn reload(asm: &mut Asm) {
     }
 }
 
+/// If the guest's x87 registers are to be loaded, loads them from their image. RFLAGS are lost.
+fn load_x87(asm: &mut Asm) {
+    if_x87(asm, 4);
+}
+/// If they are loaded, saves them; the host's are then as Rust wants them.
+fn save_x87(asm: &mut Asm) {
+    if_x87(asm, 6);
+}
+/// FRSTOR or FNSAVE, no-wait: nothing is pending.
+fn if_x87(asm: &mut Asm, operation: u8) {
+    asm.rm(false, &[0x80], 7, word(X87));
+    asm.bytes(&[0]);
+    let not = asm.jcc_forward(4);
+    asm.rm(false, &[0xdd], operation, Mem::at(RBP, field(offset_of!(Core, x87))));
+    asm.land(not);
+}
+
 /// Emits the thunks; they stand at the region's start.
 pub fn thunks(asm: &mut Asm, base: u64) -> Thunks {
     let at = |asm: &Asm| base + asm.here() as u64;
@@ -128,6 +162,7 @@ pub fn thunks(asm: &mut Asm, base: u64) -> Thunks {
     // push rbx, rbp, r12–r15; sub rsp, 8
     asm.bytes(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 8]);
     asm.lea(RBP, Mem::at(RDI, GPR as i32));
+    load_x87(asm);
     asm.mov(RAX, 6);
     reload(asm);
     asm.bytes(&[0xff, 0xe0]);
@@ -137,18 +172,21 @@ pub fn thunks(asm: &mut Asm, base: u64) -> Thunks {
     asm.mov_eax(JUMP as u32);
     let leave = at(asm);
     spill(asm);
+    save_x87(asm);
     let out = asm.here();
     // add rsp, 8; pop r15–r12, rbp, rbx; ret
     asm.bytes(&[0x48, 0x83, 0xc4, 8, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
 
     let step_at = at(asm);
     spill(asm);
+    save_x87(asm);
     asm.lea(RDI, Mem::at(RBP, -(GPR as i32)));
     // mov esi, eax; sub rsp, 8; mov rax, step; call rax; add rsp, 8; test rax, rax
     asm.bytes(&[0x89, 0xc6, 0x48, 0x83, 0xec, 8, 0x48, 0xb8]);
     asm.bytes(&(step as *const () as u64).to_le_bytes());
     asm.bytes(&[0xff, 0xd0, 0x48, 0x83, 0xc4, 8, 0x48, 0x85, 0xc0]);
     let leaving = asm.jcc_forward(5);
+    load_x87(asm);
     reload(asm);
     asm.bytes(&[0xc3]);
     asm.land(leaving);
@@ -203,6 +241,7 @@ impl Core {
             self.note_floating();
         }
         let floating = self.suspend_floating() || site.floats;
+        self.suspend_x87();
         self.budget = self.cpu.gpr[BUDGET] + u64::from(site.count);
         self.cpu.icount += self.entered.wrapping_sub(self.budget);
         self.cpu.gpr[usize::from(GPR_BLOCK)] = self.cpu.gpr[PAGE] + u64::from(site.offset);
@@ -223,6 +262,9 @@ impl Core {
             self.cpu.gpr[BUDGET] = self.budget - u64::from(site.count);
             if floating {
                 self.resume_floating();
+            }
+            if site.x87 {
+                self.note_x87();
             }
             return true;
         }
@@ -259,17 +301,19 @@ impl Core {
     }
 
     /// Runs translated code at `code`, whose block begins at RIP.
-    pub(super) fn enter_translated(&mut self, enter: u64, sites: *const Site, code: u64) -> u64 {
+    pub(super) fn enter_translated(&mut self, enter: u64, sites: *const Site, code: u64, eager: bool) -> u64 {
         self.sites = sites;
         self.cpu.gpr[PAGE] = self.cpu.rip & !0xfff;
         self.cpu.gpr[FLAGS] = image(self.cpu.arith());
         self.cpu.gpr[BUDGET] = self.budget;
         self.entered = self.budget;
         self.allow_sse();
+        self.allow_x87(eager);
         // SAFETY: `enter` is the address of the code emitted by `thunks`, which has this signature and calling convention.
         let enter: extern "C" fn(*mut Core, u64) -> u64 = unsafe { std::mem::transmute(enter) };
         let why = enter(std::ptr::from_mut(self), code);
         self.suspend_floating();
+        self.suspend_x87();
         if let Some(panic) = self.panic.take() {
             std::panic::resume_unwind(panic);
         }

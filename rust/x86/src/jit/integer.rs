@@ -94,7 +94,7 @@ pub fn template(t: &mut Translator<'_>, ins: &Instruction) -> Result {
     let Some(shape) = shape(ins) else {
         return match ins.mnemonic() {
             N::Push | N::Pop | N::Leave => super::transfer::stack(t, ins),
-            _ => super::vector::template(t, ins),
+            _ => super::vector::template(t, ins).or_else(|Unsupported| super::x87::template(t, ins)),
         };
     };
     // Where the host's undefined flags are other ones, the interpreter's are made by its own function.

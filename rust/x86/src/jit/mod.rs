@@ -14,6 +14,7 @@ mod operand;
 mod region;
 mod transfer;
 mod vector;
+mod x87;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
@@ -23,6 +24,7 @@ use crate::insn::{Insn, TRANSLATED, UNTRANSLATABLE};
 use crate::run::End;
 
 pub(crate) use codes::Codes;
+pub(crate) use float::X87Image;
 pub(crate) use frame::Site;
 
 /// Room for translated code. A Linux boot takes about 10 MiB; what is not used costs nothing.
@@ -64,6 +66,8 @@ pub struct Jit {
     /// By a block's index in the block cache: 1 + the number of its translation, or 0. Mostly never touched.
     by_start: Vec<u32>,
     same_flags: bool,
+    /// The guest's x87 registers are loaded on the way in, whether they will be used or not: for tests.
+    pub eager: bool,
     decoded: Vec<Instruction>,
 }
 
@@ -113,6 +117,7 @@ impl Jit {
             links: Vec::new(),
             by_start: vec![0; ARENA],
             same_flags: is_amd(),
+            eager: false,
             decoded: Vec::new(),
         })
     }
@@ -234,7 +239,7 @@ impl Jit {
         if let Some(global) = global {
             core.codes.put(core.cpu.rip, block.half, code, global);
         }
-        let why = core.enter_translated(self.thunks.enter, self.sites.as_ptr(), code);
+        let why = core.enter_translated(self.thunks.enter, self.sites.as_ptr(), code, self.eager);
         let page = core.cpu.gpr[frame::PAGE];
         match why & 0xff {
             frame::STEP => match core.ended.take() {

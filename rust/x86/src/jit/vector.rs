@@ -106,11 +106,11 @@ pub fn template(t: &mut Translator<'_>, ins: &Instruction) -> Result {
         t.spoil_flags();
     }
     if !t.sse_checked {
-        refuse_unless(t, SSE);
+        t.refuse_unless(SSE);
         t.sse_checked = true;
     }
     if class == Class::Float {
-        refuse_unless(t, FLOATING);
+        t.refuse_unless(FLOATING);
     }
     let mut host = *ins;
     if let Some(access) = access {
@@ -160,14 +160,6 @@ fn operands(ins: &Instruction) -> Result {
         }
     }
     Ok(())
-}
-
-/// cmp byte [word], 0; je to the function.
-fn refuse_unless(t: &mut Translator<'_>, n: usize) {
-    t.asm.rm(false, &[0x80], 7, word(n));
-    t.asm.bytes(&[0]);
-    let slow = t.asm.jcc_forward(4);
-    t.slow(slow);
 }
 
 /// Puts operands into host registers; the result is the register that the instruction writes.
