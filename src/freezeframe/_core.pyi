@@ -245,8 +245,9 @@ def http_response(data: bytes) -> tuple[int, int, list[tuple[str, str]]] | None:
 # engine.rs
 @final
 class Engine:
-    @staticmethod
-    def software(
+    def __new__(
+        cls,
+        name: str,
         memory: Memory,
         bus: Bus,
         clock: Clock,
@@ -258,20 +259,7 @@ class Engine:
         phys_bits: int,
         changes: Sequence[str] = ...,
         tier: str = "translator",
-    ) -> Engine: ...
-    @staticmethod
-    def kvm(
-        memory: Memory,
-        bus: Bus,
-        clock: Clock,
-        control: Control,
-        ioapic: Ioapic,
-        msi: MsiRelay,
-        *,
-        vcpus: int,
-        phys_bits: int,
-        changes: Sequence[str] = ...,
-    ) -> Engine: ...
+    ) -> Self: ...
     @property
     def untranslated(self) -> str | None: ...
     @property

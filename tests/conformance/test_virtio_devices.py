@@ -187,7 +187,9 @@ def flush(disk: Disk) -> int:
 def test_flushes_end_by_themselves_while_an_engine_runs(disk) -> None:
     host = disk.host
     bus, clock = _core.Bus(host.control), _core.Clock(2_000_000, 0)
-    engine = _core.Engine.software(host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46)
+    engine = _core.Engine(
+        "software", host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46
+    )
     state = engine.state(0)
     state["sregs"]["cs"]["base"], state["regs"]["rip"] = 0, 0x1000
     engine.set_state(0, state)
@@ -454,7 +456,9 @@ def test_damaged_snapshot_memory_stops_the_machine_before_a_device_uses_it(tmp_p
     device = disk.build(state)
     host = disk.host
     bus, clock = _core.Bus(host.control), _core.Clock(2_000_000, 0)
-    engine = _core.Engine.software(host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46)
+    engine = _core.Engine(
+        "software", host.memory, bus, clock, host.control, host.ioapic, host.msi, vcpus=1, phys_bits=46
+    )
     device.resume()
     kind, code, message = engine.run()
     assert (kind, code) == ("failed", "damaged")

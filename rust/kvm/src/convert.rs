@@ -27,23 +27,31 @@ pub(crate) fn msr_name(index: u32) -> String {
     format!("{index:#x}")
 }
 
+// KVM's names are ours: one list serves both directions.
+
+/// A `$made` with these fields of `$from`; `$more`: what only it has.
+macro_rules! same {
+    ($made:ident, $from:ident, [$($field:ident)*] $(, $more:ident: $value:expr)*) => {
+        $made { $($field: $from.$field,)* $($more: $value,)* }
+    };
+}
+
+macro_rules! regs {
+    ($made:ident, $from:ident) => {
+        same!($made, $from, [rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags])
+    };
+}
+
+macro_rules! segment {
+    ($made:ident, $from:ident $(, $more:ident: $value:expr)*) => {
+        same!($made, $from, [base limit selector type_ present dpl db s l g avl unusable] $(, $more: $value)*)
+    };
+}
+
 // ---- segments ----
 
 fn save_segment(s: &kvm_segment) -> Segment {
-    Segment {
-        base: s.base,
-        limit: s.limit,
-        selector: s.selector,
-        type_: s.type_,
-        present: s.present,
-        dpl: s.dpl,
-        db: s.db,
-        s: s.s,
-        l: s.l,
-        g: s.g,
-        avl: s.avl,
-        unusable: s.unusable,
-    }
+    segment!(Segment, s)
 }
 
 fn load_segment(name: &str, s: &Segment) -> Checked<kvm_segment> {
@@ -56,21 +64,7 @@ fn load_segment(name: &str, s: &Segment) -> Checked<kvm_segment> {
     if s.type_ > 15 || s.dpl > 3 {
         return refuse(&format!("sregs.{name}"), format!("type {} with privilege level {}", s.type_, s.dpl));
     }
-    Ok(kvm_segment {
-        base: s.base,
-        limit: s.limit,
-        selector: s.selector,
-        type_: s.type_,
-        present: s.present,
-        dpl: s.dpl,
-        db: s.db,
-        s: s.s,
-        l: s.l,
-        g: s.g,
-        avl: s.avl,
-        unusable: s.unusable,
-        padding: 0,
-    })
+    Ok(segment!(kvm_segment, s, padding: 0))
 }
 
 fn load_table(t: &Table) -> kvm_dtable {
@@ -210,26 +204,7 @@ pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> 
     let table = |t: &kvm_dtable| Table { base: t.base, limit: t.limit };
     Ok(VcpuState {
         pkru: 0,
-        regs: Regs {
-            rax: r.rax,
-            rbx: r.rbx,
-            rcx: r.rcx,
-            rdx: r.rdx,
-            rsi: r.rsi,
-            rdi: r.rdi,
-            rsp: r.rsp,
-            rbp: r.rbp,
-            r8: r.r8,
-            r9: r.r9,
-            r10: r.r10,
-            r11: r.r11,
-            r12: r.r12,
-            r13: r.r13,
-            r14: r.r14,
-            r15: r.r15,
-            rip: r.rip,
-            rflags: r.rflags,
-        },
+        regs: regs!(Regs, r),
         sregs: Sregs {
             cs: save_segment(&s.cs),
             ds: save_segment(&s.ds),
@@ -320,26 +295,7 @@ pub(crate) fn load(fd: &VcpuFd, xsave: XsaveArea, state: &VcpuState, phys_bits: 
     let mp = MP_STATES.iter().position(|m| *m == state.mp_state).unwrap_or(0);
     set("mp_state", fd.set_mp_state(kvm_mp_state { mp_state: mp as u32 }))?;
     // Before the events: this clears pending exceptions.
-    let regs = kvm_regs {
-        rax: r.rax,
-        rbx: r.rbx,
-        rcx: r.rcx,
-        rdx: r.rdx,
-        rsi: r.rsi,
-        rdi: r.rdi,
-        rsp: r.rsp,
-        rbp: r.rbp,
-        r8: r.r8,
-        r9: r.r9,
-        r10: r.r10,
-        r11: r.r11,
-        r12: r.r12,
-        r13: r.r13,
-        r14: r.r14,
-        r15: r.r15,
-        rip: r.rip,
-        rflags: r.rflags,
-    };
+    let regs = regs!(kvm_regs, r);
     set("regs", fd.set_regs(&regs))?;
     // Before the LAPIC: it carries the APIC base.
     set("sregs", fd.set_sregs(&sregs))?;

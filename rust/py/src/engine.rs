@@ -44,13 +44,6 @@ impl Either {
 }
 
 impl Engine {
-    fn connected(mut engine: Either, ioapic: &Ioapic, msi: &MsiRelay) -> Self {
-        let sink = engine.any().irq_sink();
-        ioapic.ioapic.connect(Arc::downgrade(&sink));
-        msi.relay.connect(sink);
-        Self { engine: Mutex::new(engine) }
-    }
-
     /// The engine, unless it runs on another thread.
     fn standing(&self) -> PyResult<MutexGuard<'_, Either>> {
         match self.engine.try_lock() {
@@ -75,13 +68,15 @@ impl Engine {
 
 #[pymethods]
 impl Engine {
-    /// The software engine, its vCPUs in their reset state: the first one at the reset vector, the others waiting for INIT. Connects
-    /// the I/O APIC and the message relay to its LAPICs. `tier`: what runs decoded blocks, `interpreter` or `translator`. `changes` of the CPU
-    /// profile: `+name` or `-name`.
-    #[staticmethod]
-    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, changes=vec![], tier="translator"))]
+    /// `name`: `software` or `kvm`. The vCPUs are in their reset state: the first one at the reset vector, the others waiting for INIT.
+    /// Connects the I/O APIC and the message relay to their LAPICs. `changes` of the CPU profile: `+name` or `-name`. `tier`: what runs
+    /// decoded blocks in the software engine, `interpreter` or `translator`. Raises `NotSupported` where this host's KVM cannot be used.
+    #[new]
+    #[pyo3(signature = (name, memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, changes=vec![], tier="translator"))]
     #[allow(clippy::too_many_arguments)]
-    fn software(
+    fn new(
+        py: Python<'_>,
+        name: &str,
         memory: &Memory,
         bus: &Bus,
         clock: &Clock,
@@ -93,31 +88,29 @@ impl Engine {
         changes: Vec<String>,
         tier: &str,
     ) -> PyResult<Self> {
-        let tier = tier.parse().map_err(errors::refused)?;
-        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits, &changes)?;
-        let made = SoftwareEngine::new(config, tier).map_err(|e| errors::refused(e.message))?;
-        Ok(Self::connected(Either::Software(Box::new(made)), ioapic, msi))
-    }
-
-    /// The KVM engine, likewise. Raises `NotSupported` where this host's KVM cannot be used.
-    #[staticmethod]
-    #[pyo3(signature = (memory, bus, clock, control, ioapic, msi, *, vcpus, phys_bits, changes=vec![]))]
-    #[allow(clippy::too_many_arguments)]
-    fn kvm(
-        py: Python<'_>,
-        memory: &Memory,
-        bus: &Bus,
-        clock: &Clock,
-        control: &Control,
-        ioapic: &Ioapic,
-        msi: &MsiRelay,
-        vcpus: usize,
-        phys_bits: u8,
-        changes: Vec<String>,
-    ) -> PyResult<Self> {
-        let config = config(memory, bus, clock, control, ioapic, vcpus, phys_bits, &changes)?;
-        let made = py.detach(|| kvm::KvmEngine::new(config)).map_err(kvm_refused)?;
-        Ok(Self::connected(Either::Kvm(Box::new(made)), ioapic, msi))
+        let config = EngineConfig {
+            memory: memory.memory.clone(),
+            bus: bus.bus.clone(),
+            clock: clock.clock.clone(),
+            control: control.control.clone(),
+            vcpus,
+            phys_bits,
+            eoi: Some(ioapic.ioapic.clone()),
+            switches: Switches::changed(&changes).map_err(errors::refused)?,
+        };
+        let mut engine = match name {
+            "software" => {
+                let tier = tier.parse().map_err(errors::refused)?;
+                let made = SoftwareEngine::new(config, tier).map_err(|e| errors::refused(e.message))?;
+                Either::Software(Box::new(made))
+            }
+            "kvm" => Either::Kvm(Box::new(py.detach(|| kvm::KvmEngine::new(config)).map_err(kvm_refused)?)),
+            _ => return Err(errors::refused(format!("no engine {name:?}: software or kvm"))),
+        };
+        let sink = engine.any().irq_sink();
+        ioapic.ioapic.connect(Arc::downgrade(&sink));
+        msi.relay.connect(sink);
+        Ok(Self { engine: Mutex::new(engine) })
     }
 
     /// Why the software engine interprets code although a translator was asked for: the host does not let it have one.
@@ -208,30 +201,6 @@ impl Engine {
         let state: VcpuState = crate::saved::read(state).map_err(refuse)?;
         engine.set_state(vcpu, &state).map_err(|e: EngineError| refuse(e.message))
     }
-}
-
-/// What both engines are made for.
-#[allow(clippy::too_many_arguments)]
-fn config(
-    memory: &Memory,
-    bus: &Bus,
-    clock: &Clock,
-    control: &Control,
-    ioapic: &Ioapic,
-    vcpus: usize,
-    phys_bits: u8,
-    changes: &[String],
-) -> PyResult<EngineConfig> {
-    Ok(EngineConfig {
-        memory: memory.memory.clone(),
-        bus: bus.bus.clone(),
-        clock: clock.clock.clone(),
-        control: control.control.clone(),
-        vcpus,
-        phys_bits,
-        eoi: Some(ioapic.ioapic.clone()),
-        switches: Switches::changed(changes).map_err(errors::refused)?,
-    })
 }
 
 fn kvm_refused(error: EngineError) -> PyErr {

@@ -226,12 +226,20 @@ def _build(parts: Parts, states: States, set_vcpu: Callable[[_core.Engine, int],
 
 
 def _make_engine(parts: Parts, report: EngineReport) -> _core.Engine:
-    connected = (parts.memory, parts.bus, parts.clock, parts.control, parts.ioapic, parts.msi)
     cpus = parts.config.cpus
-    shape: dict[str, Any] = {"vcpus": cpus.boot_vcpus, "phys_bits": cpus.max_phys_bits, "changes": cpus.changes or ()}
-    if report.name == "kvm":
-        return _core.Engine.kvm(*connected, **shape)
-    engine = _core.Engine.software(*connected, **shape, tier=report.tier)
+    engine = _core.Engine(
+        report.name,
+        parts.memory,
+        parts.bus,
+        parts.clock,
+        parts.control,
+        parts.ioapic,
+        parts.msi,
+        vcpus=cpus.boot_vcpus,
+        phys_bits=cpus.max_phys_bits,
+        changes=cpus.changes or (),
+        tier=report.tier,
+    )
     if engine.untranslated is not None:
         report.warning = (
             f"code is interpreted, which is several times slower: no translator on this host: {engine.untranslated}"
