@@ -223,7 +223,7 @@ impl Blk {
                     self.flushing.push(Flushing { ticket: flusher.start(), queue, head: chain.head, status });
                     return Ok(Outcome::Later);
                 }
-                (self.status(self.disk.sync()), 0)
+                (self.status(self.disk.flush()), 0)
             }
             T_GET_ID => {
                 let mut id = [0; ID_BYTES];
@@ -278,7 +278,7 @@ impl Blk {
         let mut ranges = chain::iovecs(queues.memory, &chain.readable, 16, len)?;
         let mut result = self.disk.write(&mut ranges, offset);
         if result.is_ok() && self.write_through() {
-            result = self.disk.sync();
+            result = self.disk.flush();
         }
         if result.is_ok() {
             self.counters.write.count(len, started);
@@ -322,7 +322,7 @@ impl Blk {
                 return Ok(status);
             }
         }
-        let result = if self.write_through() { self.disk.sync() } else { Ok(()) };
+        let result = if self.write_through() { self.disk.flush() } else { Ok(()) };
         Ok(self.status(result))
     }
 }
@@ -376,6 +376,7 @@ impl VirtioDevice for Blk {
         for (ticket, worked) in flusher.finished() {
             let Some(at) = self.flushing.iter().position(|f| f.ticket == ticket) else { continue };
             let flush = self.flushing.swap_remove(at);
+            let worked = worked && !self.disk.take_lost();
             self.counters.errors += u64::from(!worked);
             queues.memory.write(flush.status, &[if worked { S_OK } else { S_IOERR }])?;
             queues.push(flush.queue, flush.head, 1)?;

@@ -19,6 +19,8 @@ pub struct Disk {
     barrier: Option<Duration>,
     /// Something may have been written that is not on the medium. At first true: nobody knows what was done to the file before.
     unsynced: AtomicBool,
+    /// Writing to the medium has failed and the guest does not know. The kernel says so once, and then takes what is lost for written.
+    lost: AtomicBool,
     /// Where changes go instead of into the file.
     overlay: Option<Overlay>,
 }
@@ -67,7 +69,8 @@ pub(crate) fn transfer(
 
 impl Disk {
     pub fn new(file: File, read_only: bool) -> io::Result<Self> {
-        let mut disk = Self { file, size: 0, read_only, barrier: None, unsynced: AtomicBool::new(true), overlay: None };
+        let (unsynced, lost) = (AtomicBool::new(true), AtomicBool::new(false));
+        let mut disk = Self { file, size: 0, read_only, barrier: None, unsynced, lost, overlay: None };
         disk.size = disk.length()?;
         Ok(disk)
     }
@@ -105,8 +108,28 @@ impl Disk {
         self.file.try_clone()
     }
 
-    /// All that was written is on the medium. Costs nothing when nothing was written since the last time.
+    /// For whoever stops the guest: all that was written is on the medium, or the guest has been told that it is not. Once this has failed
+    /// it fails until then. Costs nothing when nothing was written since the last time.
     pub fn sync(&self) -> io::Result<()> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(io::Error::other("what was written before is lost, and the guest has not asked for it yet"));
+        }
+        self.write_out().inspect_err(|_| self.lost.store(true, Ordering::Release))
+    }
+
+    /// As [`Disk::sync`], for the guest, who is told what comes out.
+    pub fn flush(&self) -> io::Result<()> {
+        let lost = self.take_lost();
+        self.write_out()?;
+        if lost { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+
+    /// Whether the guest is to be told of a loss now; then it knows.
+    pub fn take_lost(&self) -> bool {
+        self.lost.swap(false, Ordering::AcqRel)
+    }
+
+    fn write_out(&self) -> io::Result<()> {
         if self.read_only || !self.unsynced.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
@@ -229,6 +252,22 @@ mod tests {
         disk.sync().unwrap();
         let _ = disk.discard(0, 512);
         assert!(disk.unsynced.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn a_loss_is_not_forgotten_before_the_guest_is_told() {
+        // Has a size of 0, can be written, and cannot be synced.
+        let mut disk = Disk::new(File::options().read(true).write(true).open("/dev/zero").unwrap(), false).unwrap();
+        assert!(disk.flush().is_err());
+        assert!(!disk.take_lost(), "the guest was told");
+        assert!(disk.sync().is_err());
+        // As a kernel that has said so once.
+        let path = std::env::temp_dir().join(format!("lost-{}", std::process::id()));
+        disk.file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(disk.sync().is_err() && disk.sync().is_err());
+        assert!(disk.flush().is_err());
+        assert!(disk.sync().is_ok() && disk.flush().is_ok());
     }
 
     #[test]

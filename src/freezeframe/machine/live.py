@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from freezeframe.errors import Damaged, EngineError, InvalidState
+from freezeframe.errors import Damaged, EngineError, InvalidState, IoFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,16 +76,23 @@ class Machine:
         return self._parts.backends
 
     def resume(self) -> None:
-        """Starts or goes on; raises `InvalidState` when running or shut down."""
+        """Starts or goes on; raises `InvalidState` when running or shut down, `IoFailed` without a thread to run on."""
         with self._lock:
             if self._state not in ("created", "paused"):
                 raise InvalidState(f"the machine is {self._state}: it cannot run")
             for device in self._parts.virtual.values():
                 device.resume()
             self._parts.clock.resume()
-            self._state = "running"
+            before, self._state = self._state, "running"
             self._stands.clear()
-            threading.Thread(target=self._run, name="vcpus", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, name="vcpus", daemon=True).start()
+            except RuntimeError as error:
+                self._state = before
+                self._stands.set()
+                self._parts.clock.pause()
+                self._still()
+                raise IoFailed("the host gives no thread for the vCPUs") from error
             self._parts.backends.resume()
 
     def _run(self) -> None:
@@ -119,16 +126,24 @@ class Machine:
                 raise InvalidState(f"the machine stopped by itself ({self.stopped.kind}) before it could be paused")
             self._state = "paused"
             # The vCPUs first: what they ask for until then is still done here, and its interrupts are in their state.
-            for device in self._parts.virtual.values():
-                device.pause()
+            self._still()
             self._parts.backends.sync()
 
+    def _still(self) -> None:
+        for device in self._parts.virtual.values():
+            device.pause()
+
     def save(self) -> dict[str, Any]:
-        """The machine without its RAM, as plain values by component; raises `InvalidState` unless it stands still."""
+        """The machine without its RAM, as plain values by component.
+
+        Raises `InvalidState` unless it stands still, and `IoFailed` for a disk that could not be synced: its memory and
+        the disk disagree for as long as the guest has not been told (its next flush fails).
+        """
         with self._lock:
             if self._state not in ("created", "paused"):
                 raise InvalidState(f"the machine is {self._state}: only a paused one can be saved")
             parts = self._parts
+            parts.backends.sync()
             return {
                 "clock": parts.clock.state(),
                 "vcpus": [parts.engine.state(n) for n in range(parts.config.cpus.boot_vcpus)],
@@ -147,6 +162,11 @@ class Machine:
         """What each device has done since the machine was built, by device id."""
         counted = ((name, getattr(device, "counters", None)) for name, device in self._parts.virtual.items())
         return {name: counters() for name, counters in counted if counters is not None}
+
+    def faults(self) -> dict[str, str]:
+        """Why devices have stopped until their driver resets them (virtio's NEEDS_RESET), by device id."""
+        asked = ((name, getattr(device, "fault", None)) for name, device in self._parts.virtual.items())
+        return {name: why for name, fault in asked if fault is not None and (why := fault()) is not None}
 
     def device_tree(self) -> dict[str, Any]:
         """The devices as `vm.info` shows them: ids, PCI addresses and BARs."""

@@ -19,7 +19,7 @@ from freezeframe.config import (
     SerialConfig,
     VmConfig,
 )
-from freezeframe.errors import FreezeframeError, Incompatible, InvalidState, NotFound, NotSupported, Refused
+from freezeframe.errors import FreezeframeError, Incompatible, InvalidState, IoFailed, NotFound, NotSupported, Refused
 from freezeframe.machine import build, build_for_boot, build_from_snapshot, engine
 from freezeframe.machine.parts import component_ids
 
@@ -379,3 +379,60 @@ def test_the_tier_is_translator_unless_the_variable_or_the_caller_says_otherwise
     monkeypatch.setenv("FREEZEFRAME_TIER", "fast")
     with pytest.raises(Refused, match="FREEZEFRAME_TIER"):
         engine.choose("software")
+
+
+class Block:
+    """A disk's device whose medium fails as it is told."""
+
+    def __init__(self):
+        self.failing = False
+
+    def sync(self):
+        if self.failing:
+            raise OSError(5, "Input/output error")
+
+    def arm_write_barrier(self):
+        pass
+
+
+def test_a_machine_whose_disk_is_not_synced_is_paused_but_cannot_be_saved(config):
+    with build_for_boot(config) as machine:
+        block = Block()
+        machine.backends.use_blocks({"_disk0": block})
+        block.failing = True
+        with pytest.raises(IoFailed, match="_disk0"):
+            machine.save()  # also one that never ran: others may have written to the file
+        machine.resume()
+        machine._parts.engine.end("paused")
+        with pytest.raises(IoFailed, match="cannot be synced"):
+            machine.pause()
+        assert machine.state == "paused"
+        with pytest.raises(IoFailed, match="cannot be synced"):
+            machine.save()
+        block.failing = False
+        assert "_disk0" in machine.save()["disks"]
+
+
+def test_a_machine_without_a_thread_stays_as_it_was(config, monkeypatch):
+    with build_for_boot(config) as machine:
+        started = []
+
+        def refuse(thread):
+            started.append(thread.name)
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(IoFailed, match="thread"):
+                machine.resume()
+        assert started == ["vcpus"]
+        assert machine.state == "created"
+        machine.resume()
+        machine._parts.engine.end("paused")
+        machine.pause()
+        assert machine.state == "paused"
+
+
+def test_no_device_has_stopped_in_a_new_machine(config):
+    with build_for_boot(config) as machine:
+        assert machine.faults() == {}
