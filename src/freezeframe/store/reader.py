@@ -151,21 +151,15 @@ def _read_document(dir_fd: int, directory: str, names: set[str]) -> Document:
                 hint="its writer was stopped before the end; remove it and use another one",
             ).chained(*opening, missing)
         raise NotFound(f"there is no snapshot in {directory!r}: it has no {DOCUMENT_NAME}").chained(*opening, missing)
+    fd, size = _open_regular(dir_fd, DOCUMENT_NAME, path, opening)
     try:
-        fd = os.open(DOCUMENT_NAME, _OPEN, dir_fd=dir_fd)
-    except OSError as error:
-        raise _not_opened(path, error).chained(*opening, os_error_text(error)) from error
-    try:
-        found = os.fstat(fd)
-        if not S_ISREG(found.st_mode):
-            raise Damaged(f"{path} is not a regular file", file=path, hint=_LOST).chained(*opening)
-        if found.st_size > DOCUMENT_LIMIT:
+        if size > DOCUMENT_LIMIT:
             raise Damaged(
-                f"{path} has {found.st_size} bytes, more than the {DOCUMENT_LIMIT} that any snapshot needs",
+                f"{path} has {size} bytes, more than the {DOCUMENT_LIMIT} that any snapshot needs",
                 file=path,
                 hint=_LOST,
             ).chained(*opening)
-        data = _read_all(fd, found.st_size)
+        data = _read_all(fd, size)
     except OSError as error:
         raise IoFailed(f"{path} cannot be read: {error.strerror}").chained(*opening, os_error_text(error)) from error
     finally:
@@ -218,22 +212,25 @@ def _check_regions(regions: tuple[RegionImage, ...], config: dict[str, Any]) -> 
 
 def _open_region(dir_fd: int, directory: str, region: RegionImage) -> int:
     path = os.path.join(directory, region.file)
-    opening = (*MEMORY, "Error opening snapshot file")
+    fd, size = _open_regular(dir_fd, region.file, path, (*MEMORY, "Error opening snapshot file"))
+    if size != region.size:
+        os.close(fd)
+        what = "is empty" if size == 0 else f"has {size} bytes"
+        raise Damaged(f"{path} {what}; the snapshot wrote {region.size}", file=path, hint=_LOST).chained(*MEMORY)
+    return fd
+
+
+def _open_regular(dir_fd: int, name: str, path: str, opening: tuple[str, ...]) -> tuple[int, int]:
+    """A descriptor, and the size in bytes. Raises `Damaged` or `IoFailed` with the chain `opening`."""
     try:
-        fd = os.open(region.file, _OPEN, dir_fd=dir_fd)
+        fd = os.open(name, _OPEN, dir_fd=dir_fd)
     except OSError as error:
         raise _not_opened(path, error).chained(*opening, os_error_text(error)) from error
-    try:
-        found = os.fstat(fd)
-        if not S_ISREG(found.st_mode):
-            raise Damaged(f"{path} is not a regular file", file=path, hint=_LOST).chained(*opening)
-        if found.st_size != region.size:
-            what = "is empty" if found.st_size == 0 else f"has {found.st_size} bytes"
-            raise Damaged(f"{path} {what}; the snapshot wrote {region.size}", file=path, hint=_LOST).chained(*MEMORY)
-    except BaseException:
+    found = os.fstat(fd)
+    if not S_ISREG(found.st_mode):
         os.close(fd)
-        raise
-    return fd
+        raise Damaged(f"{path} is not a regular file", file=path, hint=_LOST).chained(*opening)
+    return fd, found.st_size
 
 
 def _not_opened(path: str, error: OSError) -> Damaged | IoFailed:

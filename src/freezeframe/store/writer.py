@@ -81,7 +81,12 @@ class _NewFile:
             flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
             self.fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
             self.named = True
-        os.fchmod(self.fd, 0o600)
+        try:
+            os.fchmod(self.fd, 0o600)
+        except OSError:
+            self.remove()
+            self.close()
+            raise
 
     def publish(self) -> None:
         """Gives the file its name; `FileExistsError` when somebody else was faster."""
@@ -214,6 +219,7 @@ class _Writing:
         if isinstance(error, FileExistsError):
             return _taken(self.directory, DOCUMENT_NAME, "another writer was faster")
         if isinstance(error, FreezeframeError):
+            error.message += left
             return error.chained(*SENDING, self.step[0]) if isinstance(error, (Damaged, Refused)) else error
         if isinstance(error, OSError):
             text = error.strerror or str(error)

@@ -262,3 +262,23 @@ def test_a_damaged_source_is_not_laundered(tmp_path: Path) -> None:
         small.snapshot(second, memory)
     assert (caught.value.file, caught.value.chunk) == (str(first / "memory-region-0"), 2)
     assert names(second) == []
+
+
+def test_a_named_file_whose_mode_cannot_be_set_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def no_tmpfile(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", no_tmpfile)
+    before = sorted(os.listdir("/proc/self/fd"))
+    for at in (1, 2, 3):
+        memory = small.memory()
+        with monkeypatch.context() as patch:
+            Fails(patch, "fchmod", at, errno.EPERM)
+            with pytest.raises(IoFailed):
+                small.snapshot(tmp_path, memory)
+        assert names(tmp_path) == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
