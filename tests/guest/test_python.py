@@ -7,7 +7,16 @@ import doctest
 import pytest
 
 import freezeframe as ff
-from freezeframe.errors import Busy, Damaged, DeadlineExceeded, InvalidState, NotFound, Refused
+from freezeframe.errors import (
+    Busy,
+    Damaged,
+    DeadlineExceeded,
+    FreezeframeError,
+    InvalidState,
+    IoFailed,
+    NotFound,
+    Refused,
+)
 from freezeframe.testing.guests import tick
 
 pytestmark = pytest.mark.guest
@@ -112,3 +121,36 @@ def test_the_errors_are_public_names() -> None:
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, errors.FreezeframeError):
             assert getattr(ff, name) is value
+
+
+def test_where_a_snapshot_cannot_go_is_said(kernel, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(IoFailed):
+                vm.snapshot(path)
+        with pytest.raises(NotFound, match="parent"):
+            vm.snapshot(tmp_path / "no" / "parent")
+        with monkeypatch.context() as patch:
+
+            def broken(*_args, **_more):
+                raise IoFailed("no room")
+
+            patch.setattr("freezeframe.store.write_snapshot", broken)
+            with pytest.raises(IoFailed, match="no room"):
+                vm.snapshot(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        assert vm.state == "running"
+
+
+def test_a_thread_that_breaks_is_no_quiet_end(kernel, monkeypatch):
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+
+        def broken():
+            raise ZeroDivisionError("a bug")
+
+        vm._vmm._notices.put(broken)
+        with pytest.raises(FreezeframeError, match="a bug") as caught:
+            vm.wait(30)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        vm._vmm.close()

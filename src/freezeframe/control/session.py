@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -147,6 +148,11 @@ class Machine:
     def _watch(self) -> None:
         try:
             self._status = self._vmm.run()
+        except BaseException as error:
+            # Nobody would see it here: `wait` raises it.
+            broken = FreezeframeError(f"the machine's own thread broke: {error!r}")
+            broken.__cause__ = error
+            self._vmm.failure = self._vmm.failure or broken
         finally:
             self._ended.set()
 
@@ -204,7 +210,7 @@ class Machine:
         path: str = os.path.abspath(os.fspath(to))
         made = not os.path.isdir(path)
         if made:
-            os.mkdir(path, 0o700)
+            _make_directory(path)
         running = self.state == "running"
         try:
             if running:
@@ -212,7 +218,9 @@ class Machine:
             _do(lambda: self._vmm.snapshot(SnapshotConfig(destination_url=f"file://{path}")))
         except BaseException:
             if made:
-                os.rmdir(path)
+                # What is left in it is in the error.
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
             raise
         finally:
             if running and self.state == "paused":
@@ -344,6 +352,23 @@ def restore(
 def _vmm(engine: str) -> tuple[Vmm, list[str]]:
     reports: list[str] = []
     return Vmm(LiveBackend(engine, capture=CAPTURE), report=reports.append), reports
+
+
+def _make_directory(path: str) -> None:
+    """A directory that is there after a crash too, as what is written into it will be."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot make the directory {path}: its parent does not exist") from error
+    except OSError as error:
+        raise IoFailed(f"cannot make the directory {path}") from error
+    # Who may not read the parent cannot sync it.
+    with contextlib.suppress(PermissionError):
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def _bytes(size: Size) -> int:
