@@ -296,6 +296,8 @@ def test_a_guest_may_be_switched_off_by_its_button_at_a_count(tmp_path):
     with replay(snapshot, inputs=log) as run:
         run.advance(2000)
         assert run.digests() == digests
+    with pytest.raises(Refused, match="order"):
+        replay(snapshot, inputs=[Input(7, "power-button"), *log, Input(8, "power-button")])
     with replay(snapshot) as run:
         run.advance(2000)
         assert run.digests() != digests

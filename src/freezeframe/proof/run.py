@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 from freezeframe import _core
 from freezeframe.errors import Damaged, Refused
@@ -161,14 +162,17 @@ def replay(
     """A machine from a snapshot directory whose runs are the same each time, at its first instruction.
 
     `seed`: what stands for random numbers, and for how far the wall clock has moved on. `tier`: what executes, the
-    translator by default; it makes no difference but in speed. `inputs`: what comes from outside (`Replay.inputs` of
-    another one, `read_inputs`). `disks`, `disk_check`: as for `freezeframe.restore`; no disk is changed.
+    translator by default; it makes no difference but in speed. `inputs`: what comes from outside, in the order of
+    counts (`Replay.inputs` of another one, `read_inputs`). `disks`, `disk_check`: as for `freezeframe.restore`; no disk
+    is changed.
     """
     from freezeframe.config.validate import validate
     from freezeframe.config.vm import VmConfig
     from freezeframe.machine import build_repeatable
     from freezeframe.store import SnapshotReader
 
+    if any(later.at < earlier.at for earlier, later in pairwise(inputs)):
+        raise Refused("the inputs are not in the order of their counts")
     if not 0 <= seed <= SEED_MAX:
         raise Refused(f"a seed of {seed}: 0 to {SEED_MAX}")
     directory = os.fspath(snapshot).removeprefix("file://")
