@@ -28,6 +28,8 @@ SECOND_NS = 1_000_000_000
 TICK_MAX = (1 << 64) - 1
 # Memory refresh toggles port 0x61's bit 4 every 15 µs.
 REFRESH_TICKS = 18
+# Seconds; then it looks again.
+WAIT_MAX = 3600.0
 
 LOW, HIGH, BOTH = 1, 2, 3
 # A channel's state. `reload` is the count as a number of ticks, 0 before the first; `start` the tick at which it began
@@ -309,6 +311,7 @@ class Pit:
                     self._irq0(False)
                     self._irq0(True)
                 following = channel.next_rise(now)
-                # Rounded up, or the thread would wake before the edge.
+                # Rounded up, or the thread would wake before the edge; bounded, because Python's waits are.
                 wait = None if following is None else ((following - now + 1) * SECOND_NS // HZ + 1) / SECOND_NS
+                wait = None if wait is None else min(wait, WAIT_MAX)
                 self._changed.wait(wait)

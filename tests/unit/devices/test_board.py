@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from freezeframe.devices import pic, pit
@@ -264,6 +266,23 @@ def test_the_pit_is_its_state():
     state["channels"].pop()
     with pytest.raises(Incompatible, match="three"):
         timer(state)
+
+
+def test_an_edge_far_away_does_not_end_the_pits_thread(monkeypatch):
+    waited = []
+    state = pit.Pit.cold()
+    state["channels"][0]["start"] = pit.TICK_MAX
+    device, _, _ = timer(state)
+    device._runs = True
+
+    def look(seconds):
+        waited.append(seconds)
+        device._runs = False
+
+    monkeypatch.setattr(device._changed, "wait", look)
+    device._tick()
+    assert waited == [pit.WAIT_MAX]
+    assert pit.WAIT_MAX <= threading.TIMEOUT_MAX
 
 
 def test_firmware_configuration():
