@@ -30,7 +30,6 @@ def main() -> int:
     from freezeframe.cli.cloud_hypervisor_options import COMMAND, check_groups
 
     ensure_standard_descriptors()
-    _open_standard_descriptors()
     os.umask(0o077)  # sockets and files that are made here are for their owner
     arguments = sys.argv[1:]
     if not arguments:
@@ -60,18 +59,6 @@ def ensure_standard_descriptors() -> None:
             os.fstat(fd)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
-
-
-def _open_standard_descriptors() -> None:
-    """Where the caller closed one of the first three, a disk or socket must not take it: consoles write there."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            fd = os.open(os.devnull, os.O_RDWR)
-            if fd != number:
-                os.dup2(fd, number)
-                os.close(fd)
 
 
 class _Process:

@@ -180,6 +180,9 @@ class Vmm:
                 if tree is not None:
                     info["device_tree"] = tree
                 info["engine"] = {"name": machine.engine.name, "reason": machine.engine.reason}
+                faults = machine.faults()
+                if faults:
+                    info["faults"] = faults
                 if self._source is not None:
                     info["restored"] = self._source
             return info

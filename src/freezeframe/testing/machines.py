@@ -46,6 +46,7 @@ class FakeMachine:
         self.on_stop: Callable[[Any], None] = _ignore
         self.closed = False
         self.buttons = 0
+        self.broken: dict[str, str] = {}
         self.fail: FreezeframeError | None = None
 
     def resume(self) -> None:
@@ -61,6 +62,9 @@ class FakeMachine:
 
     def counters(self) -> dict[str, dict[str, int]]:
         return {"_disk0": {"read_bytes": 0}}
+
+    def faults(self) -> dict[str, str]:
+        return dict(self.broken)
 
     def close(self) -> None:
         self.closed = True

@@ -319,3 +319,10 @@ def test_log_lines(tmp_path):
     log.write(2, "not this one")
     assert path.read_text().startswith("cloud-hypervisor:   0.0")
     assert path.read_text().endswith("s: <vmm> INFO:freezeframe -- Event: source = vm event = paused\n")
+
+
+def test_devices_that_have_stopped_are_in_the_info(running):
+    booted(running)
+    assert "faults" not in running.vmm.info()
+    running.backend.machine.broken["_disk0"] = "queue 0: the chain of descriptor 3 loops"
+    assert running.vmm.info()["faults"] == {"_disk0": "queue 0: the chain of descriptor 3 loops"}
