@@ -153,4 +153,4 @@ def test_a_thread_that_breaks_is_no_quiet_end(kernel, monkeypatch):
         with pytest.raises(FreezeframeError, match="a bug") as caught:
             vm.wait(30)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
-        vm._vmm.close()
+        assert vm.state == "stopped"

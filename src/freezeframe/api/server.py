@@ -61,8 +61,11 @@ class ApiServer:
                 full = len(self._connections) >= MAX_CONNECTIONS
                 if not full and not self._closing:
                     self._connections.add(connection)
-                    start_new_thread(connection.run, ())
-                    continue
+                    try:
+                        start_new_thread(connection.run, ())
+                        continue
+                    except RuntimeError:  # the host gives no more threads; this one must go on
+                        self._connections.discard(connection)
             connection.turn_away()
         self._listener.close()
         self._accepted_all.release()

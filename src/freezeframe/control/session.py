@@ -153,6 +153,8 @@ class Machine:
             broken = FreezeframeError(f"the machine's own thread broke: {error!r}")
             broken.__cause__ = error
             self._vmm.failure = self._vmm.failure or broken
+            with contextlib.suppress(Exception):
+                self._vmm.close()
         finally:
             self._ended.set()
 

@@ -10,6 +10,7 @@ from _socket import AF_UNIX, SHUT_WR, SOCK_STREAM, socket
 
 import pytest
 
+from freezeframe.api import server as api_server
 from freezeframe.api.listener import Listener
 from freezeframe.api.server import ApiServer
 from freezeframe.client import Connection
@@ -60,6 +61,16 @@ def test_idle_and_half_sent_requests_hold_up_nobody(path):
     ping(path)
     for sock in idle:
         sock.close()
+    ping(path)
+
+
+def test_a_host_without_threads_is_not_the_end_of_the_api(path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api_server, "start_new_thread", refuse)
+        assert all_of(raw(path)).startswith(b"HTTP/1.1 503 ")
     ping(path)
 
 
