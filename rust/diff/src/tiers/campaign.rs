@@ -36,12 +36,14 @@ pub struct Summary {
     pub storms: u64,
     pub stale: u64,
     pub differing: u64,
+    pub tally: [u64; 5],
 }
 
 impl Summary {
     pub fn text(&self, seed: u64) -> String {
+        let [exceptions, calls, interrupts, changes, excursions] = self.tally;
         format!(
-            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated, {} cases ended early, {} in endless faults, {} differ by old translations only; {} differ",
+            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated; {exceptions} exceptions, {calls} system calls, {interrupts} interrupts, {changes} changes of page tables, {excursions} excursions from long mode; {} cases ended early, {} in endless faults, {} differ after changing page tables without a flush; {} differ",
             self.cases, self.instructions, self.translated, self.early, self.storms, self.stale, self.differing
         )
     }
@@ -70,7 +72,7 @@ fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<
         let before = (pair.early, pair.storms, pair.stale);
         let outcome = catch_unwind(AssertUnwindSafe(|| pair.run(&case, u64::MAX)));
         summary.cases += 1;
-        summary.instructions += pair.interpreter.core.cpu.icount;
+        summary.instructions += pair.interpreter.executed();
         summary.translated += pair.translator.cache.translations() as u64;
         summary.early += pair.early - before.0;
         summary.storms += pair.storms - before.1;
@@ -80,7 +82,9 @@ fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<
             Ok(Err(_)) => tell(&shrink::report(&mut pair, &case, options.seed)),
             Err(_) => {
                 tell(&format!("seed {} case {number}: panic\n{}", options.seed, case.listing()));
+                let tally = pair.tally;
                 pair = Pair::new();
+                pair.tally = tally;
             }
         }
         summary.differing += 1;
@@ -88,5 +92,6 @@ fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<
             break;
         }
     }
+    summary.tally = pair.tally;
     summary
 }

@@ -6,15 +6,27 @@ use x86::state::Cpu;
 
 use super::machine::{Early, Side, Slices};
 use super::program::{Author, Item, Pools};
-use super::world::{self, CODE, Frame};
+use super::routines::{self, FIRST_INTERRUPT};
+use super::tables::{self, Change};
+use super::world::{self, CODE, Focus, Frame};
 use crate::forms;
 use crate::rng::Rng;
 
-/// A point where both are compared, and then `writes` done to memory as a device would.
+/// Some instructions of one vCPU; then both are compared, and then something comes from outside.
 #[derive(Debug, Clone)]
-pub struct Stop {
-    pub count: u64,
+pub struct Turn {
+    pub vcpu: usize,
+    pub length: u64,
+    /// Done to memory as a device would.
     pub writes: Vec<(u64, Vec<u8>)>,
+    /// Posted to a vCPU: vectors, 2 for an NMI.
+    pub interrupts: Vec<(usize, u8)>,
+}
+
+impl Turn {
+    pub fn quiet(length: u64) -> Self {
+        Self { vcpu: 0, length, writes: Vec::new(), interrupts: Vec::new() }
+    }
 }
 
 #[derive(Clone)]
@@ -22,9 +34,12 @@ pub struct Case {
     pub number: u64,
     pub frame: Frame,
     pub ram: Vec<u8>,
-    pub cpu: Cpu,
+    pub cpus: Vec<Cpu>,
     pub items: Vec<Item>,
-    pub stops: Vec<Stop>,
+    pub turns: Vec<Turn>,
+    pub changes: Vec<Change>,
+    /// The device sends interrupts.
+    pub interrupts: bool,
     pub slices: [Slices; 2],
     /// Executions after which a block is translated.
     pub threshold: u8,
@@ -39,38 +54,43 @@ pub struct Pair {
     /// Cases that ended before all their instructions, and those of them without a comparison.
     pub early: u64,
     pub storms: u64,
-    /// Cases that differ after the guest has changed its page tables: how long an old translation lives is nobody's promise.
+    /// Cases that differ after the guest has changed its page tables without a flush: how long an old translation lives is nobody's
+    /// promise.
     pub stale: u64,
+    /// Sums of [`routines::tally`], of cases with a comparison at the end.
+    pub tally: [u64; 5],
 }
 
 impl Case {
     pub fn new(seed: u64, number: u64, pools: &Pools) -> Self {
         let mut rng = Rng::new(seed, number);
         let rng = &mut rng;
-        let cpl = if rng.chance(50) { 3 } else { 0 };
-        let base = rng.pick(&[0, 0, 0xffff_8000_0000_0000, 0xffff_ffff_8000_0000]);
-        let frame = Frame { cpl, base };
+        let frame = Frame::any(rng);
         let mut ram = world::memory(rng, frame);
-        let mut cpu = world::registers(rng, frame);
         let length = if rng.chance(80) { 4 + rng.below(60) } else { 4 + rng.below(300) };
         let (items, values) = Author::new(rng, pools, frame).write(length);
-        for (r, v) in values {
-            cpu.gpr[r] = v;
-        }
         for item in &items {
             place(&mut ram, item.at, &item.bytes);
         }
-        let starts: Vec<u64> = items.iter().map(|i| i.at + base).collect();
-        world::set_resume(&mut ram, rng, &starts);
-        cpu.rip = base + items.first().map_or(CODE, |i| i.at);
-        let mut count = 0;
-        let stops = (0..1 + rng.below(4))
-            .map(|_| {
-                count += 1 + rng.below(if rng.clone().chance(90) { 400 } else { 4000 });
-                let writes = (0..rng.below(3)).map(|_| outside(rng, &items)).collect();
-                Stop { count, writes }
-            })
-            .collect();
+        let changes = tables::changes(&mut ram, rng);
+        let starts: Vec<(u64, u32)> = items.iter().map(|i| (i.at, i.bits)).collect();
+        world::set_resume(&mut ram, rng, frame, &starts);
+        let cpus = (0..frame.vcpus).map(|n| {
+            let mut cpu = world::registers(rng, frame, n);
+            for &(r, v) in &values {
+                cpu.gpr[r] = v;
+            }
+            let (at, bits) = if n == 0 { starts[0] } else { rng.pick(&starts) };
+            cpu.rip = frame.base + at;
+            if bits != 64 {
+                world::in_compatibility_mode(&mut cpu, frame, at, bits);
+            } else if n == 0 && rng.chance(4) {
+                world::from_real_mode(&mut ram, &mut cpu, frame);
+            }
+            cpu
+        });
+        let cpus = cpus.collect();
+        let turns = turns(rng, frame, &items);
         let slices = [0; 2].map(|_| match rng.below(5) {
             0 => Slices::UpTo(1),
             1 => Slices::UpTo(10),
@@ -78,7 +98,8 @@ impl Case {
             _ => Slices::Whole,
         });
         let threshold = rng.pick(&[0, 0, 1, 16]);
-        Self { number, frame, ram, cpu, items, stops, slices, threshold, rng: rng.clone() }
+        let interrupts = rng.chance(if frame.focus == Focus::Interrupts { 80 } else { 20 });
+        Self { number, frame, ram, cpus, items, turns, changes, interrupts, slices, threshold, rng: rng.clone() }
     }
 
     pub fn listing(&self) -> String {
@@ -89,16 +110,18 @@ impl Case {
             if bytes.iter().all(|&b| b == 0x90) {
                 continue;
             }
-            text += &format!("  {:#x}: {}\n", self.frame.base + item.at, disassemble(&bytes, self.frame.base + item.at));
+            let text_of = disassemble(&bytes, item.bits, self.frame.base + item.at);
+            let bits = if item.bits == 64 { String::new() } else { format!("  ({} bits)", item.bits) };
+            text += &format!("  {:#x}: {text_of}{bits}\n", self.frame.base + item.at);
         }
         text
     }
 }
 
-pub fn disassemble(bytes: &[u8], at: u64) -> String {
+pub fn disassemble(bytes: &[u8], bits: u32, at: u64) -> String {
     let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
     let mut text = String::new();
-    match forms::decode(bytes, 64, at) {
+    match forms::decode(bytes, bits, at) {
         Some(form) => IntelFormatter::new().format(&form.insn, &mut text),
         None => text.push('?'),
     }
@@ -122,10 +145,34 @@ fn outside(rng: &mut Rng, items: &[Item]) -> (u64, Vec<u8>) {
     (at, (0..len).map(|_| rng.bits() as u8).collect())
 }
 
+/// Who runs how long, and what happens in between.
+fn turns(rng: &mut Rng, frame: Frame, items: &[Item]) -> Vec<Turn> {
+    let busy = frame.focus == Focus::Interrupts;
+    let (count, most) = match (frame.vcpus, busy) {
+        (1, false) => (1 + rng.below(4), if rng.chance(90) { 400 } else { 4000 }),
+        (1, true) => (2 + rng.below(12), rng.pick(&[20, 60, 300])),
+        _ => (4 + rng.below(30), rng.pick(&[10, 40, 200])),
+    };
+    (0..count)
+        .map(|_| {
+            let vcpu = rng.below(frame.vcpus as u64) as usize;
+            let length = 1 + rng.below(most);
+            let writes = (0..rng.below(3)).map(|_| outside(rng, items)).collect();
+            let some = if busy { rng.below(3) } else { u64::from(rng.chance(10)) };
+            let interrupts = (0..some).map(|_| (rng.below(frame.vcpus as u64) as usize, vector(rng))).collect();
+            Turn { vcpu, length, writes, interrupts }
+        })
+        .collect()
+}
+
+fn vector(rng: &mut Rng) -> u8 {
+    if rng.chance(8) { 2 } else { FIRST_INTERRUPT + rng.below(0x100 - u64::from(FIRST_INTERRUPT)) as u8 }
+}
+
 impl Pair {
     pub fn new() -> Self {
         let ram = [vec![0; world::RAM], vec![0; world::RAM]];
-        Self { interpreter: Side::new(), translator: Side::new(), ram, early: 0, storms: 0, stale: 0 }
+        Self { interpreter: Side::new(), translator: Side::new(), ram, early: 0, storms: 0, stale: 0, tally: [0; 5] }
     }
 
     /// Runs the case up to `most` instructions; what differs, and after how many at most.
@@ -134,47 +181,63 @@ impl Pair {
         let mut rng = case.rng.clone();
         let rngs = [rng.bits(), rng.bits()].map(|seed| Rng::new(seed, 0));
         let [a, b] = rngs;
-        self.interpreter.reset(&case.ram, &case.cpu, case.slices[0], a);
-        self.translator.reset(&case.ram, &case.cpu, case.slices[1], b);
-        for stop in &case.stops {
-            let count = stop.count.min(most);
-            let (a, b) = (self.interpreter.run_to(count), self.translator.run_to(count));
+        self.interpreter.reset(&case.ram, &case.cpus, case.interrupts, case.slices[0], a);
+        self.translator.reset(&case.ram, &case.cpus, case.interrupts, case.slices[1], b);
+        let mut done = 0;
+        for (n, turn) in case.turns.iter().enumerate() {
+            let length = turn.length.min(most - done);
+            done += length;
+            let (a, b) = (self.interpreter.run(turn.vcpu, length), self.translator.run(turn.vcpu, length));
             if a == Some(Early::Storm) || b == Some(Early::Storm) {
                 self.storms += 1;
-                return if a == b { Ok(()) } else { Err((count, format!("ended by {a:?}, {b:?}"))) };
+                return if a == b { Ok(()) } else { Err((done, format!("ended by {a:?}, {b:?}"))) };
             }
+            let over = a.as_ref().is_some_and(|a| *a != Early::Halted);
+            let last = over || done == most || n + 1 == case.turns.len();
             let mut lines = Vec::new();
             if a != b {
                 lines.push(format!("ended by {a:?}, {b:?}"));
             }
-            self.compare(&mut lines);
-            if !lines.is_empty() && self.ram.iter().any(|ram| world::changed_tables(&case.ram, ram)) {
+            self.compare(turn.vcpu, last, &mut lines);
+            if !lines.is_empty() && self.ram.iter().any(|ram| tables::spoiled(&case.ram, ram, &case.changes)) {
                 self.stale += 1;
                 return Ok(());
             }
-            if !lines.is_empty() {
-                return Err((count, lines.join("\n")));
+            if last && most == u64::MAX {
+                // A program may well have written there: no single case counts for much.
+                let tally = routines::tally(&self.ram[0]).map(|n| n.min(10_000));
+                self.tally.iter_mut().zip(tally).for_each(|(sum, n)| *sum += n);
             }
-            if a.is_some() {
+            if !lines.is_empty() {
+                return Err((done, lines.join("\n")));
+            }
+            if over {
                 self.early += 1;
                 return Ok(());
             }
-            if count == most {
+            if last {
                 break;
             }
-            for (at, bytes) in &stop.writes {
-                for side in [&self.interpreter, &self.translator] {
+            for side in [&self.interpreter, &self.translator] {
+                for (at, bytes) in &turn.writes {
                     side.memory.write(*at, bytes).expect("inside guest memory");
+                }
+                for &(vcpu, vector) in &turn.interrupts {
+                    side.interrupt(vcpu, vector);
                 }
             }
         }
         Ok(())
     }
 
-    fn compare(&mut self, lines: &mut Vec<String>) {
-        let (a, b) = (&mut self.interpreter.core, &mut self.translator.core);
+    /// What differs of a vCPU that has just run; memory only when it matters, for it takes longest.
+    fn compare(&mut self, vcpu: usize, memory: bool, lines: &mut Vec<String>) {
+        let (a, b) = (&mut self.interpreter.cores[vcpu], &mut self.translator.cores[vcpu]);
         if !same(a, b) {
             registers(a, b, lines);
+        }
+        if !memory && lines.is_empty() {
+            return;
         }
         self.interpreter.ram(&mut self.ram[0]);
         self.translator.ram(&mut self.ram[1]);
@@ -217,6 +280,7 @@ fn same(a: &Core, b: &Core) -> bool {
         && a.tsc_adjust == b.tsc_adjust
         && a.hwcr == b.hwcr
         && a.breakpoints.hit == b.breakpoints.hit
+        && (a.lapic.irr, a.lapic.isr, a.lapic.tpr, a.lapic.esr) == (b.lapic.irr, b.lapic.isr, b.lapic.tpr, b.lapic.esr)
 }
 
 /// Names of what differs.

@@ -1,10 +1,10 @@
 //! Blocks of a real guest: each executed by both tiers on random states. A corpus is a row of records, little endian: address (u64),
 //! how often it was executed (u64), instructions (u32), bytes (u32), a number that does not matter here (u32), then the bytes.
 
-use super::case::{self, Case, Stop};
+use super::case::{self, Case, Turn};
 use super::machine::Slices;
 use super::program::{self, Item};
-use super::world::{self, CODE, Frame};
+use super::world::{self, CODE, Focus, Frame};
 use crate::forms;
 use crate::rng::Rng;
 use crate::values;
@@ -39,9 +39,10 @@ pub fn case(seed: u64, number: u64, block: &Block) -> Option<Case> {
     let mut rng = Rng::new(seed, number);
     let rng = &mut rng;
     let kernel = block.address >> 63 != 0;
-    let frame = Frame { cpl: if kernel { 0 } else { 3 }, base: if kernel { 0xffff_ffff_8000_0000 } else { 0 } };
+    let (cpl, base) = if kernel { (0, 0xffff_ffff_8000_0000) } else { (3, 0) };
+    let frame = Frame { cpl, base, global: rng.chance(50), focus: Focus::None, vcpus: 1 };
     let mut ram = world::memory(rng, frame);
-    let mut cpu = world::registers(rng, frame);
+    let mut cpu = world::registers(rng, frame, 0);
     for g in &mut cpu.gpr[..16] {
         *g = match rng.below(10) {
             0..=6 => program::target(rng, frame, 64),
@@ -69,10 +70,11 @@ pub fn case(seed: u64, number: u64, block: &Block) -> Option<Case> {
         case::place(&mut ram, item.at, &item.bytes);
     }
     cpu.rip = start + frame.base;
-    world::set_resume(&mut ram, rng, &[cpu.rip]);
+    world::set_resume(&mut ram, rng, frame, &[(start, 64)]);
     let count = 20 + rng.below(150);
-    let stops = vec![Stop { count, writes: Vec::new() }, Stop { count: 2 * count, writes: Vec::new() }];
+    let turns = vec![Turn::quiet(count), Turn::quiet(count)];
     let slices = [rng.pick(&[Slices::Whole, Slices::UpTo(1), Slices::UpTo(10)]), rng.pick(&[Slices::Whole, Slices::UpTo(30)])];
     let threshold = rng.pick(&[0, 0, 2]);
-    Some(Case { number, frame, ram, cpu, items, stops, slices, threshold, rng: rng.clone() })
+    let changes = Vec::new();
+    Some(Case { number, frame, ram, cpus: vec![cpu], items, turns, changes, interrupts: false, slices, threshold, rng: rng.clone() })
 }

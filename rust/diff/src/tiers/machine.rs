@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use memory::{GuestMemory, RegionLayout};
 use vcpu::{Bus, Clock, Control, Space};
+use x86::apics::{FIXED, Message, NMI};
 use x86::cache::Cache;
 use x86::core::{Core, Shared};
 use x86::run::RunExit;
-use x86::state::Cpu;
+use x86::state::{Activity, Cpu};
 
 use super::world::{DEVICE_GPA, Probe, RAM};
 use crate::rng::Rng;
@@ -15,6 +16,7 @@ use crate::rng::Rng;
 /// Why a machine stopped before its count of instructions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Early {
+    /// It waits for an interrupt.
     Halted,
     TripleFault,
     /// Exceptions and nothing else: how many were delivered depends on the slices.
@@ -36,11 +38,10 @@ pub struct Side {
     control: Arc<Control>,
     clock: Arc<Clock>,
     pub cache: Cache,
-    pub core: Core,
+    /// The machine's vCPUs.
+    pub cores: Vec<Core>,
     slices: Slices,
     rng: Rng,
-    /// Instructions executed before the last reset.
-    pub executed: u64,
 }
 
 impl Side {
@@ -52,45 +53,66 @@ impl Side {
         let control = Arc::new(Control::default());
         // Never resumed: time stands still.
         let clock = Arc::new(Clock::new(1_000_000, 0));
-        let shared = Shared::new(memory.clone(), bus.clone(), clock.clone(), control.clone(), 1, 40, None);
-        let core = Core::new(Arc::new(shared), 0);
         let (slices, rng) = (Slices::Whole, Rng::new(0, 0));
-        Self { memory, probe, bus, control, clock, cache: Cache::new(), core, slices, rng, executed: 0 }
+        Self { memory, probe, bus, control, clock, cache: Cache::new(), cores: Vec::new(), slices, rng }
     }
 
-    /// A new machine in all that matters.
-    pub fn reset(&mut self, ram: &[u8], cpu: &Cpu, slices: Slices, rng: Rng) {
-        self.executed += self.core.cpu.icount;
+    /// A new machine in all that matters. `interrupts`: its device sends some.
+    pub fn reset(&mut self, ram: &[u8], cpus: &[Cpu], interrupts: bool, slices: Slices, rng: Rng) {
         self.cache.clear(&self.memory);
         self.memory.write(0, ram).expect("inside guest memory");
-        self.probe.reset();
         let (memory, bus) = (self.memory.clone(), self.bus.clone());
-        let shared = Shared::new(memory, bus, self.clock.clone(), self.control.clone(), 1, 40, None);
-        self.core = Core::new(Arc::new(shared), 0);
-        self.core.cpu = cpu.clone();
-        self.core.refresh_breakpoints();
-        self.core.flush_tlb_all();
-        self.core.refresh();
+        let shared = Shared::new(memory, bus, self.clock.clone(), self.control.clone(), cpus.len(), 40, None);
+        let shared = Arc::new(shared);
+        self.probe.reset(interrupts.then(|| shared.apics.clone()));
+        self.cores.clear();
+        for (n, cpu) in cpus.iter().enumerate() {
+            let mut core = Core::new(shared.clone(), n);
+            core.cpu = cpu.clone();
+            core.lapic.svr = 0x1ff;
+            core.lapic.update();
+            core.lapic.publish(&shared.apics);
+            core.refresh_breakpoints();
+            core.flush_tlb_all();
+            core.refresh();
+            self.cores.push(core);
+        }
         (self.slices, self.rng) = (slices, rng);
     }
 
-    /// Executes until `count` instructions are done since the reset.
-    pub fn run_to(&mut self, count: u64) -> Option<Early> {
+    /// Instructions executed since the reset.
+    pub fn executed(&self) -> u64 {
+        self.cores.iter().map(|core| core.cpu.icount).sum()
+    }
+
+    /// Posts an interrupt, or an NMI for vector 2.
+    pub fn interrupt(&self, vcpu: usize, vector: u8) {
+        let mode = if vector == 2 { NMI } else { FIXED };
+        self.cores[vcpu].shared.apics.send_self(vcpu, Message { vector, mode, level: false });
+    }
+
+    /// Executes `count` instructions of a vCPU.
+    pub fn run(&mut self, vcpu: usize, count: u64) -> Option<Early> {
+        let core = &mut self.cores[vcpu];
+        let end = core.cpu.icount + count;
         let mut stuck = 0;
-        while self.core.cpu.icount < count {
-            let before = self.core.cpu.icount;
+        while core.cpu.icount < end {
+            if core.cpu.activity != Activity::Running && !core.event_pending() {
+                return Some(Early::Halted);
+            }
+            let before = core.cpu.icount;
             let slice = match self.slices {
                 Slices::Whole => u64::MAX,
                 Slices::UpTo(n) => 1 + self.rng.below(n),
             };
-            match self.core.run(&mut self.cache, slice.min(count - before)) {
+            match core.run(&mut self.cache, slice.min(end - before)) {
                 RunExit::Budget | RunExit::Pause => {}
                 RunExit::Events => {
                     if let Some(stop) = self.control.service() {
                         return Some(Early::Failed(format!("{stop:?}")));
                     }
-                    stuck = if self.core.cpu.icount == before { stuck + 1 } else { 0 };
-                    if stuck > 2 {
+                    stuck = if core.cpu.icount == before { stuck + 1 } else { 0 };
+                    if stuck > 4 {
                         return Some(Early::Storm);
                     }
                 }

@@ -5,8 +5,8 @@ use iced_x86::{
     Register,
 };
 
-use super::world::{self, ALIAS, CODE, CODE_LEN, DATA, DEVICE, FRESH, Frame, HOLE, JUMP_TABLE, LARGE, LAST, NOBODY, READ_ONLY};
-use super::world::{STACK, SUPERVISOR};
+use super::world::{self, ALIAS, APIC, CODE, CODE_LEN, DATA, DEVICE, FRESH, Frame, HOLE, JUMP_TABLE, LARGE, LAST, NOBODY, READ_ONLY};
+use super::world::{Focus, STACK, SUPERVISOR};
 use crate::forms;
 use crate::rng::Rng;
 
@@ -31,11 +31,13 @@ const GPR: [Register; 16] = [
 
 /// Where an instruction's bytes name another one.
 #[derive(Debug, Clone, Copy)]
-enum Fix {
-    /// Distance of 1 or 4 bytes at the end.
+pub(super) enum Fix {
+    /// Distance of 1 or 4 bytes at the end, to any instruction.
     Relative(usize),
-    /// Address of 8 bytes at the end.
+    /// Address of 8 bytes at the end, of any instruction.
     Absolute,
+    /// Address without base, less `less`, of the instruction `items` further on; four bytes at `offset`.
+    After { items: usize, offset: usize, less: u64 },
 }
 
 /// One instruction.
@@ -46,6 +48,8 @@ pub struct Item {
     fix: Option<(Fix, u64)>,
     /// Bytes left free before it; none is executed.
     gap: u64,
+    /// What kind of code it is.
+    pub bits: u32,
     /// Address without base.
     pub at: u64,
 }
@@ -53,7 +57,7 @@ pub struct Item {
 impl Item {
     /// One that stays as and where it is.
     pub fn fixed(bytes: &[u8], at: u64) -> Self {
-        Self { bytes: bytes.to_vec(), fix: None, gap: 0, at }
+        Self { bytes: bytes.to_vec(), fix: None, gap: 0, bits: 64, at }
     }
 }
 
@@ -63,8 +67,10 @@ pub struct Pools {
     integer: Vec<Code>,
     string: Vec<Code>,
     sse: Vec<Code>,
-    x87: Vec<Code>,
+    pub(super) x87: Vec<Code>,
     rest: Vec<Code>,
+    /// For 16- and 32-bit code: what stays where it is.
+    pub(super) legacy: Vec<Code>,
 }
 
 /// What compilers emit most.
@@ -118,7 +124,11 @@ fn is_string(code: Code) -> bool {
 
 impl Pools {
     pub fn new() -> Self {
-        let mut pools = Self { common: vec![], integer: vec![], string: vec![], sse: vec![], x87: vec![], rest: vec![] };
+        let mut pools = Self { common: vec![], integer: vec![], string: vec![], sse: vec![], x87: vec![], rest: vec![], legacy: vec![] };
+        pools.legacy = forms::all(32)
+            .into_iter()
+            .filter(|c| c.flow_control() == FlowControl::Next && !c.is_privileged() && !segmented(*c) && !is_string(*c))
+            .collect();
         let system = Code::values().filter(|c| {
             use Mnemonic as M;
             let wanted = matches!(
@@ -174,6 +184,10 @@ impl Default for Pools {
 pub fn target(rng: &mut Rng, frame: Frame, size: u64) -> u64 {
     let aligned = |rng: &mut Rng, base: u64| base + (rng.below(0xf00) & !15);
     let near = |rng: &mut Rng, edge: u64| edge - 1 - rng.below(size + 2);
+    if frame.focus == Focus::Edges && rng.chance(60) {
+        let edges = [DATA + 0x1000, DATA + 0x1000, READ_ONLY, SUPERVISOR, HOLE, FRESH, FRESH + 0x1000, STACK + 0x1000, LAST, CODE + 0x1000];
+        return frame.base + near(rng, rng.clone().pick(&edges));
+    }
     let address = match rng.below(100) {
         0..=41 => aligned(rng, DATA),
         42..=51 => aligned(rng, DATA + 0x1000),
@@ -196,6 +210,7 @@ pub fn target(rng: &mut Rng, frame: Frame, size: u64) -> u64 {
         94 => LAST + rng.below(0xff0),
         95..=96 => LARGE + world::physical(DATA) + rng.below(0x800),
         97 => LARGE + CODE + rng.below(0x300),
+        98 if rng.chance(30) => APIC + rng.pick(&[0x20, 0x80, 0xb0, 0xf0, 0x300, 0x310, 0x320]),
         _ => STACK + rng.below(0x2000),
     };
     address + frame.base
@@ -203,13 +218,15 @@ pub fn target(rng: &mut Rng, frame: Frame, size: u64) -> u64 {
 
 /// Makes programs for one case.
 pub struct Author<'a> {
-    rng: &'a mut Rng,
-    pools: &'a Pools,
-    frame: Frame,
+    pub(super) rng: &'a mut Rng,
+    pub(super) pools: &'a Pools,
+    pub(super) frame: Frame,
     /// Registers that hold addresses and are seldom written.
     pinned: Vec<usize>,
     items: Vec<Item>,
     gap: u64,
+    /// What kind of code is being written.
+    pub(super) bits: u32,
     factory: InstructionInfoFactory,
     /// Percentages of the pools: common, integer, SSE, x87, strings; the rest is the rest.
     weights: [u64; 5],
@@ -224,18 +241,22 @@ impl<'a> Author<'a> {
                 pinned.push(r);
             }
         }
-        let weights =
-            rng.pick(&[[55, 25, 10, 4, 4], [80, 15, 2, 0, 2], [35, 15, 45, 2, 1], [30, 15, 5, 45, 2], [40, 20, 5, 5, 20]]);
-        Self { rng, pools, frame, pinned, items: Vec::new(), gap: 0, factory: InstructionInfoFactory::new(), weights }
+        let weights = if frame.focus == Focus::Floats {
+            rng.pick(&[[10, 5, 5, 78, 1], [15, 5, 38, 40, 1], [5, 5, 0, 90, 0]])
+        } else {
+            rng.pick(&[[55, 25, 10, 4, 4], [80, 15, 2, 0, 2], [35, 15, 45, 2, 1], [30, 15, 5, 45, 2], [40, 20, 5, 5, 20]])
+        };
+        Self { rng, pools, frame, pinned, items: Vec::new(), gap: 0, bits: 64, factory: InstructionInfoFactory::new(), weights }
     }
 
     /// The program, placed; and the values of the pinned registers.
     pub fn write(mut self, length: u64) -> (Vec<Item>, Vec<(usize, u64)>) {
         while (self.items.len() as u64) < length {
-            if self.rng.chance(82) {
-                self.work();
-            } else {
-                self.flow();
+            let special = if self.frame.focus == Focus::None { 1 } else { 22 };
+            match self.rng.below(100) {
+                n if n < special => self.gadget(),
+                n if n < 84 => self.work(),
+                _ => self.flow(),
             }
         }
         self.emit(&[0xe9, 0, 0, 0, 0], Some(Fix::Relative(4)));
@@ -245,18 +266,18 @@ impl<'a> Author<'a> {
         (self.items, values)
     }
 
-    fn emit(&mut self, bytes: &[u8], fix: Option<Fix>) {
+    pub(super) fn emit(&mut self, bytes: &[u8], fix: Option<Fix>) {
         let fix = fix.map(|f| (f, self.rng.bits()));
         let gap = std::mem::take(&mut self.gap);
-        self.items.push(Item { bytes: bytes.to_vec(), fix, gap, at: 0 });
+        self.items.push(Item { bytes: bytes.to_vec(), fix, gap, bits: self.bits, at: 0 });
     }
 
     /// See [`target`].
-    fn target(&mut self, size: u64) -> u64 {
+    pub(super) fn target(&mut self, size: u64) -> u64 {
         target(self.rng, self.frame, size)
     }
 
-    fn set_register(&mut self, r: usize, v: u64) {
+    pub(super) fn set_register(&mut self, r: usize, v: u64) {
         let low = (r & 7) as u8;
         match u32::try_from(v) {
             Ok(v) => {
@@ -274,7 +295,7 @@ impl<'a> Author<'a> {
     }
 
     /// An instruction that is not there to jump.
-    fn work(&mut self) {
+    pub(super) fn work(&mut self) {
         let n = self.rng.below(100);
         let w = self.weights;
         let pools = self.pools;
@@ -494,7 +515,7 @@ impl<'a> Author<'a> {
         }
     }
 
-    fn part(&mut self) {
+    pub(super) fn part(&mut self) {
         self.gap = match self.rng.below(10) {
             0..=4 => 0,
             5..=7 => 1 + self.rng.below(64),
@@ -553,7 +574,7 @@ impl<'a> Author<'a> {
         }
         self.items.truncate(last);
         let places: Vec<u64> = self.items.iter().map(|i| i.at).collect();
-        for item in &mut self.items {
+        for (n, item) in self.items.iter_mut().enumerate() {
             let len = item.bytes.len();
             let next = item.at + len as u64;
             if let Some((fix, which)) = item.fix {
@@ -571,8 +592,12 @@ impl<'a> Author<'a> {
                     Fix::Absolute => {
                         item.bytes[len - 8..].copy_from_slice(&(pick(&places) + self.frame.base).to_le_bytes());
                     }
+                    Fix::After { items, offset, less } => {
+                        let to = places.get(n + items).unwrap_or(&places[0]) - less;
+                        item.bytes[offset..offset + 4].copy_from_slice(&(to as u32).to_le_bytes());
+                    }
                 }
-            } else if let Some(form) = forms::decode(&item.bytes, 64, self.frame.base.wrapping_add(item.at)) {
+            } else if let Some(form) = forms::decode(&item.bytes, item.bits, self.frame.base.wrapping_add(item.at)) {
                 if form.insn.is_ip_rel_memory_operand() && form.offsets.displacement_size() == 4 {
                     // It was encoded as if it stood at the start.
                     let at = form.offsets.displacement_offset();
