@@ -309,8 +309,7 @@ impl Core {
 
     /// INVLPG.
     pub fn flush_page(&mut self, linear: u64) {
-        self.tlb.drop_page(linear);
-        if self.tlb.was_fetched(linear) {
+        if self.tlb.drop_page(linear) {
             self.new_epoch();
         }
     }

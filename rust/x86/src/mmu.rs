@@ -6,7 +6,7 @@ use vcpu::Space;
 use crate::core::{AC, Core, Exception, GP, PF, Pending};
 use crate::insn::{AddrSize, Fault, Insn};
 use crate::state::{CodeSize, Cpu, GPR_BLOCK, Segment, flags};
-use crate::tlb::{self, EXEC, GLOBAL, Tlb};
+use crate::tlb::{self, EXEC, GLOBAL, HUGE, LARGE, Tlb};
 
 const OFFSET: u64 = PAGE_SIZE - 1;
 
@@ -55,6 +55,8 @@ struct Page {
     user: bool,
     exec: bool,
     global: bool,
+    /// [`LARGE`] or [`HUGE`] or neither.
+    size: u64,
 }
 
 /// An unsigned integer that memory accesses are made of.
@@ -555,7 +557,7 @@ impl Core {
                 if kind == Kind::Write {
                     self.shared.memory.mark_dirty(phys);
                 }
-                let bits = if found.exec { EXEC } else { 0 } | if found.global { GLOBAL } else { 0 };
+                let bits = if found.exec { EXEC } else { 0 } | if found.global { GLOBAL } else { 0 } | found.size;
                 self.tlb.fill(lin, half, host, phys & !OFFSET, bits, write);
             }
         }
@@ -589,7 +591,7 @@ impl Core {
     fn walk_with(&mut self, lin: u64, kind: Kind, user: bool, rights: Rights, mark: bool) -> Result<Page, Fault> {
         if !self.cpu.paging() {
             let phys = lin & ((1 << self.shared.phys_bits) - 1);
-            return Ok(Page { phys, user: false, exec: true, global: false });
+            return Ok(Page { phys, user: false, exec: true, global: false, size: 0 });
         }
         let nxe = self.cpu.efer & EFER_NXE != 0;
         let (mut table, mut level, wide) = if self.cpu.long_mode() {
@@ -671,7 +673,13 @@ impl Core {
                 entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32 | lin & 0x3f_ffff
             };
             let exec = !no_exec && (user || !allows_user || self.cpu.cr4 & CR4_SMEP == 0);
-            return Ok(Page { phys, user: allows_user, exec, global: entry & G != 0 && self.cpu.cr4 & CR4_PGE != 0 });
+            let global = entry & G != 0 && self.cpu.cr4 & CR4_PGE != 0;
+            let size = match shift {
+                12 => 0,
+                30 => HUGE,
+                _ => LARGE,
+            };
+            return Ok(Page { phys, user: allows_user, exec, global, size });
         }
     }
 

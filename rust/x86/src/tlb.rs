@@ -16,12 +16,17 @@ pub struct Entry {
     pub tag_w: u64,
     /// Host address of the page.
     pub host: usize,
-    /// Guest physical page, and in its low bits [`EXEC`], [`GLOBAL`].
+    /// Guest physical page, and in its low bits [`EXEC`], [`GLOBAL`], [`LARGE`], [`HUGE`].
     pub phys: u64,
 }
 
 pub const EXEC: u64 = 1;
 pub const GLOBAL: u64 = 2;
+/// Part of a page of 2 or 4 MiB; of 1 GiB.
+pub const LARGE: u64 = 4;
+pub const HUGE: u64 = 8;
+/// Address bits inside such pages, at most.
+const SIZES: [(u64, u32); 2] = [(LARGE, 22), (HUGE, 30)];
 
 /// A tag that no linear address which selects entry `index` can match.
 const fn never(index: usize) -> u64 {
@@ -34,12 +39,54 @@ pub struct Tlb {
     /// Entries that may be valid and are not global; others are only in `used_global`.
     used: Vec<u16>,
     used_global: Vec<u16>,
-    /// A set over page numbers that instructions were fetched from since it was last cleared (may say yes wrongly).
-    fetched: Box<[u64; FETCHED_WORDS]>,
-    fetched_any: bool,
+    /// Page numbers that instructions were fetched from since it was last cleared.
+    fetched: Set,
+    /// Where there were entries of large pages since everything was dropped, and such with code.
+    large: Set,
+    large_code: Set,
 }
 
-const FETCHED_WORDS: usize = 256;
+/// A set of numbers that may say yes wrongly.
+struct Set {
+    words: Box<[u64; WORDS]>,
+    any: bool,
+}
+
+const WORDS: usize = 256;
+
+impl Set {
+    fn new() -> Self {
+        Self { words: Box::new([0; WORDS]), any: false }
+    }
+
+    fn bit(number: u64) -> (usize, u64) {
+        let hash = (number ^ number >> 14).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50;
+        ((hash >> 6) as usize & (WORDS - 1), 1 << (hash & 63))
+    }
+
+    fn put(&mut self, number: u64) {
+        let (word, bit) = Self::bit(number);
+        self.words[word] |= bit;
+        self.any = true;
+    }
+
+    fn has(&self, number: u64) -> bool {
+        let (word, bit) = Self::bit(number);
+        self.words[word] & bit != 0
+    }
+
+    fn clear(&mut self) {
+        if self.any {
+            self.words.fill(0);
+            self.any = false;
+        }
+    }
+}
+
+/// What stands in a [`Set`] for the large page (at most `shift` bits) around an address.
+fn region(linear: u64, shift: u32) -> u64 {
+    (linear >> shift) << 8 | u64::from(shift)
+}
 
 static NONE: [Entry; ALL] = {
     let mut entries = [Entry { tag_r: 0, tag_w: 0, host: 0, phys: 0 }; ALL];
@@ -57,8 +104,9 @@ impl Default for Tlb {
             entries: NONE,
             used: Vec::with_capacity(ALL),
             used_global: Vec::with_capacity(ALL),
-            fetched: Box::new([0; FETCHED_WORDS]),
-            fetched_any: false,
+            fetched: Set::new(),
+            large: Set::new(),
+            large_code: Set::new(),
         }
     }
 }
@@ -77,11 +125,14 @@ impl Tlb {
     }
 
     pub fn fill(&mut self, linear: u64, half: usize, host: usize, phys: u64, bits: u64, write: bool) {
+        if bits & (LARGE | HUGE) != 0 {
+            self.note_large(linear, bits);
+        }
         let index = Self::index(linear, half);
         let page = linear & !(PAGE_SIZE - 1);
         let list = if bits & GLOBAL != 0 { &mut self.used_global } else { &mut self.used };
         if list.len() == ALL {
-            self.flush_all();
+            self.drop_all();
         } else {
             list.push(index as u16);
         }
@@ -112,19 +163,48 @@ impl Tlb {
 
     /// Drops everything.
     pub fn flush_all(&mut self) {
+        self.drop_all();
+        self.large.clear();
+        self.large_code.clear();
+    }
+
+    fn drop_all(&mut self) {
         for i in self.used.drain(..).chain(self.used_global.drain(..)) {
             Self::clear(&mut self.entries, i);
         }
     }
 
-    /// Drops what is known of one page.
-    pub fn drop_page(&mut self, linear: u64) {
+    #[cold]
+    fn note_large(&mut self, linear: u64, bits: u64) {
+        for (_, shift) in SIZES.into_iter().filter(|(size, _)| bits & size != 0) {
+            self.large.put(region(linear, shift));
+            if bits & EXEC != 0 {
+                self.large_code.put(region(linear, shift));
+            }
+        }
+    }
+
+    /// Drops what is known of one page, large ones as a whole. Gives whether instructions may have been fetched from it.
+    pub fn drop_page(&mut self, linear: u64) -> bool {
         for half in [0, USER] {
             let index = Self::index(linear, half);
             if self.entries[index].tag_r == linear & !(PAGE_SIZE - 1) {
                 Self::clear(&mut self.entries, index as u16);
             }
         }
+        let mut fetched = self.fetched.has(linear >> 12);
+        for (size, shift) in SIZES {
+            if self.large.has(region(linear, shift)) {
+                fetched |= self.large_code.has(region(linear, shift));
+                for &i in self.used.iter().chain(&self.used_global) {
+                    let e = &self.entries[usize::from(i) & (ALL - 1)];
+                    if e.phys & size != 0 && (e.tag_r ^ linear) >> shift == 0 {
+                        Self::clear(&mut self.entries, i);
+                    }
+                }
+            }
+        }
+        fetched
     }
 
     /// Takes write access to a physical page away, whatever it is mapped at.
@@ -146,12 +226,6 @@ impl Tlb {
         }
     }
 
-    fn fetched_bit(linear: u64) -> (usize, u64) {
-        let page = linear >> 12;
-        let hash = (page ^ page >> 14).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50;
-        ((hash >> 6) as usize & (FETCHED_WORDS - 1), 1 << (hash & 63))
-    }
-
     /// Whether the entry of `linear` is there and of a global page.
     pub fn is_global(&self, linear: u64, half: usize) -> bool {
         let e = &self.entries[Self::index(linear, half)];
@@ -160,20 +234,10 @@ impl Tlb {
 
     /// Notes that a jump cache now relies on the translation of this page.
     pub fn note_fetch(&mut self, linear: u64) {
-        let (word, bit) = Self::fetched_bit(linear);
-        self.fetched[word] |= bit;
-        self.fetched_any = true;
-    }
-
-    pub fn was_fetched(&self, linear: u64) -> bool {
-        let (word, bit) = Self::fetched_bit(linear);
-        self.fetched[word] & bit != 0
+        self.fetched.put(linear >> 12);
     }
 
     pub fn clear_fetched(&mut self) {
-        if self.fetched_any {
-            self.fetched.fill(0);
-            self.fetched_any = false;
-        }
+        self.fetched.clear();
     }
 }

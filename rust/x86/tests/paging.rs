@@ -4,7 +4,7 @@
 mod flat;
 
 use flat::{A, CODE, DATA, G, Machine, NX, P, PD, PDPT, PML4, PS, PT, U, W};
-use x86::state::{CodeSize, RAX, RDI};
+use x86::state::{CodeSize, RAX, RDI, RDX};
 
 const READ: &[u8] = &[0x48, 0x8b, 0x07, 0xf4]; // mov rax, [rdi]; hlt
 const WRITE: &[u8] = &[0x48, 0x89, 0x07, 0xf4]; // mov [rdi], rax; hlt
@@ -135,6 +135,53 @@ fn a_store_across_pages_is_all_or_nothing() {
     m.restart(CODE);
     assert_eq!(m.run(), None);
     assert_eq!((m.read(DATA + 0xff8), m.read(DATA + 0x4000)), (0xffff_ffff_0000_0000, 0xffff_ffff));
+}
+
+/// INVLPG of any address in a large page is one of the whole page (SDM vol. 3, 4.10.4.1).
+#[test]
+fn invalidating_a_large_page() {
+    // mov rax, [rdi]; mov rbx, [rsi]; invlpg [rdi]; mov rdx, [rsi]; hlt
+    const PROGRAM: &[u8] = &[0x48, 0x8b, 0x07, 0x48, 0x8b, 0x1e, 0x0f, 1, 0x3f, 0x48, 0x8b, 0x16, 0xf4];
+    for (entry, address) in [(PD + 8, 0x20_0000), (PDPT + 8, 0x4000_0000)] {
+        for bits in [0, G] {
+            let mut m = Machine::new(PROGRAM);
+            m.entry(entry, if entry == PDPT + 8 { 0 } else { 0x20_0000 } | P | W | PS | bits);
+            let second = if entry == PDPT + 8 { 0x40_0000 } else { 0x1000 };
+            let before = if entry == PDPT + 8 { second } else { 0x20_0000 + second };
+            m.write(before, &[1]);
+            m.write(0x60_1000, &[2]);
+            *m.gpr(RDI) = address;
+            *m.gpr(x86::state::RSI) = address + second;
+            m.steps(2);
+            assert_eq!(*m.gpr(x86::state::RBX), 1);
+            if entry == PDPT + 8 {
+                m.entry(entry, 0);
+                let fault = m.run().expect("nothing is mapped any more");
+                assert_eq!((fault.vector, fault.cr2), (14, address + second));
+            } else {
+                m.entry(entry, 0x60_0000 | P | W | PS | bits);
+                assert_eq!(m.run(), None);
+                assert_eq!(*m.gpr(RDX), 2);
+            }
+        }
+    }
+}
+
+/// The same for code: what was executed somewhere in the page is looked up again.
+#[test]
+fn invalidating_a_large_page_of_code() {
+    // call rsi; invlpg [rdi]; call rsi; hlt
+    let mut m = Machine::new(&[0xff, 0xd6, 0x0f, 1, 0x3f, 0xff, 0xd6, 0xf4]);
+    m.entry(PD + 8, 0x20_0000 | P | W | PS);
+    m.write(0x20_1000, &[0xb8, 1, 0, 0, 0, 0xc3]); // mov eax, 1; ret
+    m.write(0x60_1000, &[0xb8, 2, 0, 0, 0, 0xc3]);
+    *m.gpr(RDI) = 0x20_0000;
+    *m.gpr(x86::state::RSI) = 0x20_1000;
+    m.steps(3);
+    assert_eq!(*m.gpr(RAX), 1);
+    m.entry(PD + 8, 0x60_0000 | P | W | PS);
+    assert_eq!(m.run(), None);
+    assert_eq!(*m.gpr(RAX), 2);
 }
 
 #[test]
