@@ -76,5 +76,17 @@ pub fn case(seed: u64, number: u64, block: &Block) -> Option<Case> {
     let slices = [rng.pick(&[Slices::Whole, Slices::UpTo(1), Slices::UpTo(10)]), rng.pick(&[Slices::Whole, Slices::UpTo(30)])];
     let threshold = rng.pick(&[0, 0, 2]);
     let changes = Vec::new();
-    Some(Case { number, frame, ram, cpus: vec![cpu], items, turns, changes, interrupts: false, slices, threshold, rng: rng.clone() })
+    Some(Case {
+        number,
+        frame,
+        ram,
+        cpus: vec![cpu],
+        items,
+        turns,
+        changes,
+        interrupts: false,
+        slices,
+        threshold,
+        rng: rng.clone(),
+    })
 }

@@ -3,9 +3,7 @@
 use iced_x86::OpKind;
 
 use super::program::{Author, Fix};
-use super::routines::{
-    FIRST_INTERRUPT, GATE_CHANGE, GATE_EXCURSION, GATE_HALT, GATE_SWITCH, GATE_TASK_SWITCHED, GATE_TOGGLE_IF,
-};
+use super::routines::{FIRST_INTERRUPT, GATE_CHANGE, GATE_EXCURSION, GATE_HALT, GATE_SWITCH, GATE_TASK_SWITCHED, GATE_TOGGLE_IF};
 use super::tables::ROOTS;
 use super::world::{APIC, CODE, CONTROLS, DATA, DEVICE, ENVIRONMENTS, FP_IMAGES, FRESH, FX_IMAGES, Focus, Frame};
 use super::world::{HOLE, KERNEL_CS, MXCSRS, NOBODY, READ_ONLY, SUPERVISOR, USER_CS64};
@@ -83,7 +81,7 @@ impl Author<'_> {
 
     fn interrupts(&mut self) {
         match self.rng.below(14) {
-            0 => self.emit(&[0xfa], None), // cli
+            0 => self.emit(&[0xfa], None),     // cli
             1 | 2 => self.emit(&[0xfb], None), // sti
             3 => self.gate(GATE_TOGGLE_IF),
             4 => {
@@ -157,12 +155,12 @@ impl Author<'_> {
                 let at = ENVIRONMENTS + 32 * self.rng.below(4);
                 self.on(&[0xd9], 4, at); // fldenv
             }
-            11 => self.on(&[0xd9], 6, DATA + 0x600),  // fnstenv
-            12 => self.on(&[0xdd], 6, DATA + 0x600),  // fnsave
-            13 => self.emit(&[0xdf, 0xe0], None),     // fnstsw ax
-            14 => self.on(&[0xdd], 7, DATA + 0x680),  // fnstsw
-            15 => self.on(&[0xd9], 7, DATA + 0x690),  // fnstcw
-            16 => self.emit(&[0x9b], None),           // fwait
+            11 => self.on(&[0xd9], 6, DATA + 0x600), // fnstenv
+            12 => self.on(&[0xdd], 6, DATA + 0x600), // fnsave
+            13 => self.emit(&[0xdf, 0xe0], None),    // fnstsw ax
+            14 => self.on(&[0xdd], 7, DATA + 0x680), // fnstsw
+            15 => self.on(&[0xd9], 7, DATA + 0x690), // fnstcw
+            16 => self.emit(&[0x9b], None),          // fwait
             17 => self.gate(GATE_TASK_SWITCHED),
             18 if self.frame.cpl == 0 => self.emit(&[0x0f, 0x06], None), // clts
             19 | 20 => {
@@ -191,18 +189,18 @@ impl Author<'_> {
             let memory = |op: u8, group: u8| vec![op, 0x46 | group << 3, displacement];
             let i = self.rng.bits() as u8;
             let bytes = match self.rng.below(14) {
-                0 => memory(0xdd, 0),                              // fld qword
-                1 => memory(0xd9, 0),                              // fld dword
-                2 => memory(0xdb, 5),                              // fld tbyte
-                3 => memory(0xdd, 3),                              // fstp qword
-                4 => memory(0xd9, 2),                              // fst dword
-                5 => memory(0xdb, 7),                              // fstp tbyte
+                0 => memory(0xdd, 0), // fld qword
+                1 => memory(0xd9, 0), // fld dword
+                2 => memory(0xdb, 5), // fld tbyte
+                3 => memory(0xdd, 3), // fstp qword
+                4 => memory(0xd9, 2), // fst dword
+                5 => memory(0xdb, 7), // fstp tbyte
                 6 => memory(self.rng.pick(&[0xd8, 0xdc, 0xda, 0xde]), i & 7),
-                7 => memory(0xdf, 5),                              // fild qword
-                8 => memory(0xdf, 7),                              // fistp qword
+                7 => memory(0xdf, 5), // fild qword
+                8 => memory(0xdf, 7), // fistp qword
                 9 => vec![0xd8, 0xc0 | i & 0x3f],
                 10 => vec![0xde, 0xc0 | i & 0x37 | i & 8],
-                11 => vec![0xd9, 0xc0 | i & 0xf],                  // fld st(i), fxch
+                11 => vec![0xd9, 0xc0 | i & 0xf], // fld st(i), fxch
                 12 => vec![0xd9, self.rng.pick(&[0xe0, 0xe1, 0xe4, 0xe5, 0xfa, 0xfc, 0xf0, 0xfd])],
                 _ => vec![self.rng.pick(&[0xda, 0xdb]), 0xc0 | i & 0x1f], // fcmov
             };
@@ -251,8 +249,8 @@ impl Author<'_> {
     /// The other ring, and code of 16 and 32 bits.
     fn modes(&mut self) {
         match self.rng.below(10) {
-            0 => self.emit(&[0x0f, 0x05], None),                                // syscall
-            1 if self.frame.cpl == 0 => self.emit(&[0x0f, 0x01, 0xf8], None),   // swapgs
+            0 => self.emit(&[0x0f, 0x05], None),                              // syscall
+            1 if self.frame.cpl == 0 => self.emit(&[0x0f, 0x01, 0xf8], None), // swapgs
             2 => self.interrupt_return(),
             3 => self.gate(GATE_EXCURSION),
             4 => {

@@ -5,7 +5,9 @@ use iced_x86::{
     Register,
 };
 
-use super::world::{self, ALIAS, APIC, CODE, CODE_LEN, DATA, DEVICE, FRESH, Frame, HOLE, JUMP_TABLE, LARGE, LAST, NOBODY, READ_ONLY};
+use super::world::{
+    self, ALIAS, APIC, CODE, CODE_LEN, DATA, DEVICE, FRESH, Frame, HOLE, JUMP_TABLE, LARGE, LAST, NOBODY, READ_ONLY,
+};
 use super::world::{Focus, STACK, SUPERVISOR};
 use crate::forms;
 use crate::rng::Rng;
@@ -124,7 +126,8 @@ fn is_string(code: Code) -> bool {
 
 impl Pools {
     pub fn new() -> Self {
-        let mut pools = Self { common: vec![], integer: vec![], string: vec![], sse: vec![], x87: vec![], rest: vec![], legacy: vec![] };
+        let mut pools =
+            Self { common: vec![], integer: vec![], string: vec![], sse: vec![], x87: vec![], rest: vec![], legacy: vec![] };
         pools.legacy = forms::all(32)
             .into_iter()
             .filter(|c| c.flow_control() == FlowControl::Next && !c.is_privileged() && !segmented(*c) && !is_string(*c))
@@ -185,7 +188,18 @@ pub fn target(rng: &mut Rng, frame: Frame, size: u64) -> u64 {
     let aligned = |rng: &mut Rng, base: u64| base + (rng.below(0xf00) & !15);
     let near = |rng: &mut Rng, edge: u64| edge - 1 - rng.below(size + 2);
     if frame.focus == Focus::Edges && rng.chance(60) {
-        let edges = [DATA + 0x1000, DATA + 0x1000, READ_ONLY, SUPERVISOR, HOLE, FRESH, FRESH + 0x1000, STACK + 0x1000, LAST, CODE + 0x1000];
+        let edges = [
+            DATA + 0x1000,
+            DATA + 0x1000,
+            READ_ONLY,
+            SUPERVISOR,
+            HOLE,
+            FRESH,
+            FRESH + 0x1000,
+            STACK + 0x1000,
+            LAST,
+            CODE + 0x1000,
+        ];
         return frame.base + near(rng, rng.clone().pick(&edges));
     }
     let address = match rng.below(100) {

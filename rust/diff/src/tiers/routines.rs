@@ -170,14 +170,14 @@ fn exception(vector: u8, start: u64) -> Vec<u8> {
 /// The end of a routine that goes on elsewhere: stack and segments there; rax = 32 times which.
 fn tail() -> Vec<u8> {
     [
-        &[0xc1, 0xe8, 0x02][..],                     // shr eax, 2
-        &with(&[0x48, 0x8b, 0x88], STACKS),          // mov rcx, [rax + STACKS]
-        &[0x48, 0x89, 0x4c, 0x24, 0x30],             // mov [rsp + 48], rcx
-        &[0xd1, 0xe8],                               // shr eax, 1
-        &with(&[0x0f, 0xb7, 0x88], SEGMENTS),        // movzx ecx, word [rax + SEGMENTS]
-        &[0x48, 0x89, 0x4c, 0x24, 0x20],             // mov [rsp + 32], rcx
-        &with(&[0x0f, 0xb7, 0x88], SEGMENTS + 2),    // movzx ecx, word [rax + SEGMENTS + 2]
-        &[0x48, 0x89, 0x4c, 0x24, 0x38],             // mov [rsp + 56], rcx
+        &[0xc1, 0xe8, 0x02][..],                           // shr eax, 2
+        &with(&[0x48, 0x8b, 0x88], STACKS),                // mov rcx, [rax + STACKS]
+        &[0x48, 0x89, 0x4c, 0x24, 0x30],                   // mov [rsp + 48], rcx
+        &[0xd1, 0xe8],                                     // shr eax, 1
+        &with(&[0x0f, 0xb7, 0x88], SEGMENTS),              // movzx ecx, word [rax + SEGMENTS]
+        &[0x48, 0x89, 0x4c, 0x24, 0x20],                   // mov [rsp + 32], rcx
+        &with(&[0x0f, 0xb7, 0x88], SEGMENTS + 2),          // movzx ecx, word [rax + SEGMENTS + 2]
+        &[0x48, 0x89, 0x4c, 0x24, 0x38],                   // mov [rsp + 56], rcx
         &[0x59, 0x58, 0x48, 0x83, 0xc4, 0x08, 0x48, 0xcf], // pop rcx; pop rax; add rsp, 8; iretq
     ]
     .concat()
@@ -190,13 +190,13 @@ fn change() -> Vec<u8> {
         [at, value, vec![0x48, 0x89, 0x11]].concat() // mov rcx, [rax + …]; mov rdx, [rax + …]; mov [rcx], rdx
     };
     [
-        &[0x50, 0x51, 0x52][..],                     // push rax; push rcx; push rdx
-        &absolute(&[0x8b, 0x04], NEXT_CHANGE),       // mov eax, [...]
-        &absolute(&[0xff, 0x04], NEXT_CHANGE),       // inc dword [...]
-        &[0x83, 0xe0, 0x0f, 0xc1, 0xe0, 0x06],       // and eax, 15; shl eax, 6
+        &[0x50, 0x51, 0x52][..],               // push rax; push rcx; push rdx
+        &absolute(&[0x8b, 0x04], NEXT_CHANGE), // mov eax, [...]
+        &absolute(&[0xff, 0x04], NEXT_CHANGE), // inc dword [...]
+        &[0x83, 0xe0, 0x0f, 0xc1, 0xe0, 0x06], // and eax, 15; shl eax, 6
         &store(0),
         &store(16),
-        &with(&[0xff, 0xa0], CHANGES + 56),          // jmp [rax + …]
+        &with(&[0xff, 0xa0], CHANGES + 56), // jmp [rax + …]
     ]
     .concat()
 }

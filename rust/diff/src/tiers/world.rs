@@ -96,7 +96,20 @@ pub enum Focus {
 impl Focus {
     fn any(rng: &mut Rng) -> Self {
         use Focus as F;
-        rng.pick(&[F::None, F::None, F::Paging, F::Paging, F::Interrupts, F::Interrupts, F::Floats, F::Floats, F::Strings, F::Modes, F::Modes, F::Edges])
+        rng.pick(&[
+            F::None,
+            F::None,
+            F::Paging,
+            F::Paging,
+            F::Interrupts,
+            F::Interrupts,
+            F::Floats,
+            F::Floats,
+            F::Strings,
+            F::Modes,
+            F::Modes,
+            F::Edges,
+        ])
     }
 }
 
@@ -350,7 +363,12 @@ pub fn images(ram: &mut [u8], rng: &mut Rng) {
     let mxcsr = |rng: &mut Rng| 0x1f80 & if rng.chance(60) { !0 } else { rng.bits() as u32 } | rng.bits() as u32 & 0xe03f;
     for n in 0..2 {
         let at = FX_IMAGES + 512 * n;
-        put(at, &[control(rng), rng.bits() as u16 & 0x7f7f, rng.bits() as u16 & 0xff, rng.bits() as u16 & 0x7ff].map(u16::to_le_bytes).concat());
+        put(
+            at,
+            &[control(rng), rng.bits() as u16 & 0x7f7f, rng.bits() as u16 & 0xff, rng.bits() as u16 & 0x7ff]
+                .map(u16::to_le_bytes)
+                .concat(),
+        );
         put(at + 24, &mxcsr(rng).to_le_bytes());
         for r in 0..8 {
             let (mantissa, sign_exp) = values::float80(rng);
