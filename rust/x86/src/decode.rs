@@ -51,7 +51,7 @@ pub fn block(bytes: &[u8], size: CodeSize, out: &mut Vec<Insn>) -> Decoded {
             exchange_not_pause(&mut instr, &bytes[off..decoder.position()]);
         }
         if size == CodeSize::Bits64 && matches!(instr.code(), Code::Jmp_m1632 | Code::Call_m1632) {
-            far_pointer(&mut instr, &bytes[off..]);
+            far_pointer(&mut instr, &bytes[off..], off);
         }
         if let (CodeSize::Bits64, Some(last)) = (size, out.last_mut()) {
             if let Some(both) = exec::integer::pair(&previous, &instr) {
@@ -82,8 +82,9 @@ fn exchange_not_pause(instr: &mut Instruction, bytes: &[u8]) {
 }
 
 /// REX.W asks for a far pointer with a 64-bit offset. The profile's vendor ignores it; the handlers know whether this machine does.
-fn far_pointer(instr: &mut Instruction, bytes: &[u8]) {
-    let other = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+fn far_pointer(instr: &mut Instruction, bytes: &[u8], off: usize) {
+    // The operand may be relative to RIP.
+    let other = Decoder::with_ip(64, bytes, off as u64, DecoderOptions::NONE).decode();
     if matches!(other.code(), Code::Jmp_m1664 | Code::Call_m1664) {
         *instr = other;
     }

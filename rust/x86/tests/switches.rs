@@ -235,6 +235,18 @@ fn far_jumps_with_a_64_bit_offset() {
     }
 }
 
+/// Where the operand is does not depend on where in its block the jump stands.
+#[test]
+fn far_jumps_through_a_pointer_beside_the_code() {
+    // NOP; NOP; REX.W JMP FAR [RIP + 0]
+    let mut m = Machine::changed(&[0x90, 0x90, 0x48, 0xff, 0x2d, 0, 0, 0, 0], &["+far64"]);
+    m.write(flat::CODE + 9, &0x0060_0000u64.to_le_bytes());
+    m.write(flat::CODE + 17, &8u16.to_le_bytes());
+    m.write(0x0060_0000, &[0xf4]);
+    assert_eq!(m.run(), None);
+    assert_eq!(m.core.cpu.rip, 0x0060_0001);
+}
+
 #[test]
 fn a_key_shows_beside_other_reasons() {
     let mut m = Machine::changed(&[0x48, 0x89, 0x07, 0xf4], ALL);
