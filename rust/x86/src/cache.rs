@@ -269,10 +269,10 @@ impl Cache {
         for &page in self.pages.keys() {
             memory.set_code(page, false);
         }
-        self.insns.clear();
         if let Some(jit) = &mut self.jit {
-            jit.clear();
+            jit.clear(self.insns.len());
         }
+        self.insns.clear();
         self.blocks.clear();
         self.pages.clear();
         self.generation += 1;

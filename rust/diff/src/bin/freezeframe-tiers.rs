@@ -6,8 +6,9 @@ mod command {
     use std::process::ExitCode;
     use std::time::{Duration, Instant};
 
+    use diff::tiers::bytes::Bytes;
     use diff::tiers::campaign::{self, Options};
-    use diff::tiers::{bytes, corpus};
+    use diff::tiers::corpus;
 
     const USAGE: &str = "usage: freezeframe-tiers [--seed S] [--first K] [--cases N | --seconds T] [--examples N] [--threshold N]
                          [--corpus FILE | --decoder]";
@@ -58,11 +59,12 @@ mod command {
 
     fn decoder(options: &Options) -> ExitCode {
         let (mut cases, mut instructions) = (0u64, 0);
+        let bytes = Bytes::default();
         for number in options.first..options.first.saturating_add(options.cases) {
             if options.until.is_some_and(|t| number % 64 == 0 && Instant::now() >= t) {
                 break;
             }
-            match bytes::check(options.seed, number) {
+            match bytes.check(options.seed, number) {
                 Ok(n) => instructions += n,
                 Err(text) => {
                     println!("{text}");

@@ -214,11 +214,12 @@ pub fn get(ram: &[u8], at: u64) -> u64 {
 pub fn memory(rng: &mut Rng, frame: Frame) -> Vec<u8> {
     let mut ram = vec![0; RAM];
     for chunk in ram[DATA as usize..].chunks_exact_mut(8) {
-        let v = match rng.below(8) {
-            0 => values::integer(rng),
-            1 => values::float64(rng),
-            2 => u64::from(values::float32(rng)) << 32 | u64::from(values::float32(rng)),
-            _ => rng.bits(),
+        let random = rng.bits();
+        let v = match random & 31 {
+            0..=3 => values::integer(rng),
+            4..=7 => values::float64(rng),
+            8..=11 => u64::from(values::float32(rng)) << 32 | u64::from(values::float32(rng)),
+            _ => random,
         };
         chunk.copy_from_slice(&v.to_le_bytes());
     }

@@ -223,13 +223,13 @@ impl Jit {
         self.region.put(block.code, &jump);
     }
 
-    /// Drops everything.
-    pub fn clear(&mut self) {
+    /// Drops everything; `end`: where the last block that there may be a translation of ended.
+    pub fn clear(&mut self, end: usize) {
         self.next = self.first;
         self.sites.clear();
         self.blocks.clear();
         self.links.clear();
-        self.by_start = vec![0; ARENA];
+        self.by_start[..end].fill(0);
     }
 
     /// Executes from block `id`, which is the one at RIP; `global`: see [`Codes::put`], `None`: its address is not to be remembered.
