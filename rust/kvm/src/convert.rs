@@ -1,5 +1,7 @@
 //! Where KVM's structures and [`VcpuState`] meet. The order of the calls matters, in both directions: the comments say why.
 
+use std::collections::BTreeMap;
+
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_debugregs,
     kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
@@ -99,6 +101,55 @@ fn set_msr(fd: &VcpuFd, index: u32, data: u64) -> bool {
     Msrs::from_entries(&[entry]).is_ok_and(|msrs| fd.set_msrs(&msrs) == Ok(1))
 }
 
+/// `tsc`: before TSC_ADJUST.
+fn save_msrs(read: Vec<(u32, u64)>, tsc: u64, deadline: u64) -> BTreeMap<String, u64> {
+    let adjust = read.iter().find(|m| m.0 == msr::TSC_ADJUST).map_or(0, |m| m.1);
+    let saved = read.into_iter().map(|(index, value)| {
+        let value = match index {
+            msr::TSC => tsc.wrapping_add(adjust),
+            msr::TSC_DEADLINE => deadline,
+            // It reads as set on both engines; older kernels do not keep it.
+            msr::HWCR => value | 1 << 24,
+            _ => value,
+        };
+        (msr_name(index), value)
+    });
+    saved.collect()
+}
+
+fn load_msrs(fd: &VcpuFd, state: &VcpuState, phys_bits: u8) -> Checked<()> {
+    let msr_of = |index: u32| match state.msrs.get(&msr_name(index)) {
+        Some(&value) => Ok(value),
+        None => refuse(&format!("msrs.{index:#x}"), "is missing"),
+    };
+    for &index in msr::SAVED {
+        let value = msr_of(index)?;
+        if !msr::storable(index, value, phys_bits) {
+            return refuse(&format!("msrs.{index:#x}"), format!("{value:#x} is not a value that this register takes"));
+        }
+        let done = match index {
+            msr::APIC_BASE if value != state.sregs.apic_base => {
+                let other = state.sregs.apic_base;
+                return refuse("msrs.0x1b", format!("{value:#x} differs from sregs.apic_base {other:#x}"));
+            }
+            // Done with the special registers; by the TSC offset; after all others; and not at all: writing the last would
+            // write the guest's memory, so the engine remembers it.
+            msr::APIC_BASE | msr::TSC | msr::TSC_DEADLINE | msr::KVM_WALL_CLOCK => true,
+            // TscFreqSel: new kernels know it, older ones refuse it.
+            msr::HWCR => set_msr(fd, index, value) || set_msr(fd, index, value & !(1 << 24)),
+            _ => set_msr(fd, index, value),
+        };
+        if !done {
+            return refuse(&format!("msrs.{index:#x}"), format!("KVM refuses the value {value:#x}"));
+        }
+    }
+    let deadline = msr_of(msr::TSC_DEADLINE)?;
+    if !set_msr(fd, msr::TSC_DEADLINE, deadline) {
+        return refuse("msrs.0x6e0", format!("KVM refuses the value {deadline:#x}"));
+    }
+    Ok(())
+}
+
 // ---- events ----
 
 fn save_events(e: &kvm_vcpu_events, mp_state: MpState) -> Events {
@@ -183,24 +234,7 @@ pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> 
     if events.smi.smm != 0 || events.smi.pending != 0 {
         return refuse("events.smi", "the vCPU is in system management mode, which machines do not have");
     }
-    let adjust = read.iter().find(|m| m.0 == msr::TSC_ADJUST).map_or(0, |m| m.1);
-    let deadline = deadline_mode(lapic.lvt_timer);
-    let msrs = read.into_iter().map(|(index, value)| {
-        let value = match index {
-            msr::TSC => tsc.wrapping_add(adjust),
-            msr::TSC_DEADLINE => {
-                if deadline {
-                    armed
-                } else {
-                    0
-                }
-            }
-            // It reads as set on both engines; older kernels do not keep it.
-            msr::HWCR => value | 1 << 24,
-            _ => value,
-        };
-        (msr_name(index), value)
-    });
+    let deadline = if deadline_mode(lapic.lvt_timer) { armed } else { 0 };
     let table = |t: &kvm_dtable| Table { base: t.base, limit: t.limit };
     Ok(VcpuState {
         pkru: 0,
@@ -230,7 +264,7 @@ pub(crate) fn capture(fd: &VcpuFd, xsave: XsaveArea, timer: Timer, tsc: u64) -> 
         events: save_events(&events, mp_state),
         mp_state,
         xcr0: 1,
-        msrs: msrs.collect(),
+        msrs: save_msrs(read, tsc, deadline),
     })
 }
 
@@ -265,10 +299,6 @@ pub(crate) fn load(fd: &VcpuFd, xsave: XsaveArea, state: &VcpuState, phys_bits: 
             return refuse(&format!("msrs.{name}"), "not an MSR of this CPU profile");
         }
     }
-    let msr_of = |index: u32| match state.msrs.get(&msr_name(index)) {
-        Some(&value) => Ok(value),
-        None => refuse(&format!("msrs.{index:#x}"), "is missing"),
-    };
     let sregs = kvm_sregs {
         cs: load_segment("cs", &s.cs)?,
         ds: load_segment("ds", &s.ds)?,
@@ -303,30 +333,7 @@ pub(crate) fn load(fd: &VcpuFd, xsave: XsaveArea, state: &VcpuState, phys_bits: 
     set("debug_regs", fd.set_debug_regs(&kvm_debugregs { db: d.db, dr6: d.dr6, dr7: d.dr7, ..Default::default() }))?;
     // Before the MSRs: a TSC deadline is dropped, with success reported, while the timer is in another mode.
     let timer = lapic::restore(fd, &state.lapic, x2apic)?;
-    for &index in msr::SAVED {
-        let value = msr_of(index)?;
-        if !msr::storable(index, value, phys_bits) {
-            return refuse(&format!("msrs.{index:#x}"), format!("{value:#x} is not a value that this register takes"));
-        }
-        let done = match index {
-            msr::APIC_BASE if value != s.apic_base => {
-                return refuse("msrs.0x1b", format!("{value:#x} differs from sregs.apic_base {:#x}", s.apic_base));
-            }
-            // Done with the special registers; by the TSC offset; after all others; and not at all: writing the last would
-            // write the guest's memory, so the engine remembers it.
-            msr::APIC_BASE | msr::TSC | msr::TSC_DEADLINE | msr::KVM_WALL_CLOCK => true,
-            // TscFreqSel: new kernels know it, older ones refuse it.
-            msr::HWCR => set_msr(fd, index, value) || set_msr(fd, index, value & !(1 << 24)),
-            _ => set_msr(fd, index, value),
-        };
-        if !done {
-            return refuse(&format!("msrs.{index:#x}"), format!("KVM refuses the value {value:#x}"));
-        }
-    }
-    let deadline = msr_of(msr::TSC_DEADLINE)?;
-    if !set_msr(fd, msr::TSC_DEADLINE, deadline) {
-        return refuse("msrs.0x6e0", format!("KVM refuses the value {deadline:#x}"));
-    }
+    load_msrs(fd, state, phys_bits)?;
     set("events", fd.set_vcpu_events(&events))?;
     Ok(timer)
 }

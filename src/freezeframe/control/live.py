@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from freezeframe.errors import Damaged
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -40,8 +38,6 @@ class LiveBackend:
             raise
 
     def restore(self, directory: str, request: RestoreConfig) -> tuple[VmConfig, Machine]:
-        from freezeframe.config.validate import validate
-        from freezeframe.config.vm import VmConfig
         from freezeframe.machine import build_from_snapshot
         from freezeframe.machine.engine import choose, memory_at_once
         from freezeframe.store import SnapshotReader
@@ -51,11 +47,7 @@ class LiveBackend:
         eager = request.eager or why is not None
 
         with SnapshotReader.open(directory) as reader:
-            try:
-                config = VmConfig.from_plain(reader.config)
-                validate(config)  # it was valid when it was written: nothing in it may be accepted and ignored now
-            except ValueError as error:
-                raise Damaged(f"{directory}/vm.json: the configuration: {error}", file=f"{directory}/vm.json") from None
+            config = reader.read_config()
             machine = build_from_snapshot(
                 self._for_us(config),
                 reader.state,

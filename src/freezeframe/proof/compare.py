@@ -226,7 +226,7 @@ def prove(
     """
     if instructions < 1:
         raise Refused(f"{instructions} instructions: at least 1")
-    every = every or max(EVERY_MIN, -(-instructions // CHECKPOINTS))
+    every = max(EVERY_MIN, -(-instructions // CHECKPOINTS)) if every is None else every
     if every < 1:
         raise Refused(f"a comparison every {every} instructions: at least 1")
     both = sides or (Side("interpreter", seed), Side("translator", seed))
@@ -235,21 +235,8 @@ def prove(
         return replay(snapshot, seed=side.seed, tier=side.tier, inputs=inputs, disks=disks, disk_check=disk_check)
 
     say = progress or (lambda _: None)
-    checkpoints: list[Checkpoint] = []
-    counts = [0, *range(every, instructions, every), instructions]
     with Pair(make, both) as pair:
-        parted_at = None
-        for count in counts:
-            pair.run_to(count)
-            last = count == instructions or pair.runs[0].replay.ended is not None
-            digests = pair.same(afresh=last)
-            if digests is None:
-                parted_at = count
-                break
-            checkpoints.append(Checkpoint(pair.runs[0].replay.instructions, digests))
-            say(f"{checkpoints[-1].at} instructions: equal")
-            if last:
-                break
+        checkpoints, parted_at = _follow(pair, [0, *range(every, instructions, every), instructions], say)
         first = pair.runs[0].replay
         facts: dict[str, Any] = {
             "asked": instructions,
@@ -265,3 +252,19 @@ def prove(
         say(f"they differ after {parted_at} instructions: looking for the place")
         parting = find(lambda: Pair(make, both), [c.at for c in checkpoints], parted_at, say)
     return Proof(**facts, parting=parting)
+
+
+def _follow(pair: Pair, counts: Sequence[int], say: Progress) -> tuple[list[Checkpoint], int | None]:
+    """The counts at which both runs were equal, and the first at which they were not."""
+    checkpoints: list[Checkpoint] = []
+    for count in counts:
+        pair.run_to(count)
+        last = count == counts[-1] or pair.runs[0].replay.ended is not None
+        digests = pair.same(afresh=last)
+        if digests is None:
+            return checkpoints, count
+        checkpoints.append(Checkpoint(pair.runs[0].replay.instructions, digests))
+        say(f"{checkpoints[-1].at} instructions: equal")
+        if last:
+            break
+    return checkpoints, None

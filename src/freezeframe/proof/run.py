@@ -6,7 +6,7 @@ import os
 from itertools import pairwise
 
 from freezeframe import _core
-from freezeframe.errors import Damaged, Refused
+from freezeframe.errors import Refused
 from freezeframe.proof.inputs import POWER_BUTTON, Input
 
 TYPE_CHECKING = False
@@ -166,8 +166,6 @@ def replay(
     counts (`Replay.inputs` of another one, `read_inputs`). `disks`, `disk_check`: as for `freezeframe.restore`; no disk
     is changed.
     """
-    from freezeframe.config.validate import validate
-    from freezeframe.config.vm import VmConfig
     from freezeframe.machine import build_repeatable
     from freezeframe.store import SnapshotReader
 
@@ -177,14 +175,8 @@ def replay(
         raise Refused(f"a seed of {seed}: 0 to {SEED_MAX}")
     directory = os.fspath(snapshot).removeprefix("file://")
     with SnapshotReader.open(directory) as reader:
-        document = os.path.join(directory, "vm.json")
-        try:
-            config = VmConfig.from_plain(reader.config)
-            validate(config)
-        except ValueError as error:
-            raise Damaged(f"{document}: the configuration: {error}", file=document) from None
         machine = build_repeatable(
-            config,
+            reader.read_config(),
             reader.state,
             reader.open_memory("ondemand"),
             tier=tier,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal, Self
 
     from freezeframe._core import Memory
+    from freezeframe.config.vm import VmConfig
     from freezeframe.state.document import Document, RegionImage
 
 PAGE_SIZE = 4096
@@ -73,6 +74,22 @@ class SnapshotReader:
     def config(self) -> dict[str, Any]:
         """The machine's configuration, in CH's fully defaulted JSON form. Sealed, not validated."""
         config: dict[str, Any] = self.document.config
+        return config
+
+    def read_config(self) -> VmConfig:
+        """The configuration, validated: it was valid when it was written, so nothing in it may be ignored now.
+
+        Raises `Damaged`.
+        """
+        from freezeframe.config.validate import validate
+        from freezeframe.config.vm import VmConfig
+
+        path = os.path.join(self.directory, DOCUMENT_NAME)
+        try:
+            config = VmConfig.from_plain(self.config)
+            validate(config)
+        except ValueError as error:
+            raise Damaged(f"{path}: the configuration: {error}", file=path) from None
         return config
 
     @property
