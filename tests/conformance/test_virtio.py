@@ -290,6 +290,7 @@ def test_an_impossible_driver_stops_its_device_only(made, name: str) -> None:
     driver.rings[0].notify()
     driver.again(made.restored())
     assert driver.status() & NEEDS_RESET
+    assert "saved" in made.device.fault()
     driver.start()
     assert driver.status() == ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
     assert made.device.fault() is None
@@ -372,6 +373,7 @@ BAD_STATE = [
     ("virtio.queues.0.extra", 1),
     ("virtio.msix.table", []),
     ("virtio.msix.pending", [999]),
+    ("virtio.msix.pending", [1, 0]),
     ("virtio.msix.pending", "x"),
     ("device.extra", 1),
     ("extra", 1),

@@ -24,6 +24,9 @@ impl Msix {
         if let Some(bad) = state.pending.iter().find(|&&v| v >= vectors) {
             return Err(StateError::new("pending", format!("vector {bad} of {vectors}")));
         }
+        if !state.pending.is_sorted_by(|a, b| a < b) {
+            return Err(StateError::new("pending", format!("{:?} does not ascend", state.pending)));
+        }
         Ok(Self { state, sink })
     }
 

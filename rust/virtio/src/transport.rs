@@ -166,7 +166,9 @@ impl<D: VirtioDevice> Transport<D> {
 
     /// Why the device stopped with NEEDS_RESET, for people.
     pub fn fault(&self) -> Option<String> {
-        self.lock().fault.clone()
+        let inner = self.lock();
+        let stopped = inner.registers.device_status & status::NEEDS_RESET != 0;
+        stopped.then(|| inner.fault.clone().unwrap_or_else(|| "it had stopped when it was saved".into()))
     }
 
     pub fn features(&self) -> u64 {

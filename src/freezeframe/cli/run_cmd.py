@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from freezeframe.config.vm import CPU_FEATURES
-from freezeframe.errors import FreezeframeError, Refused
+from freezeframe.errors import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,16 +125,14 @@ def _end_after(seconds: float, vmm: Vmm) -> Timer:
 
 
 def _start(vmm: Vmm, config: VmConfig) -> None:
-    from freezeframe.control.failures import ActionFailed
+    from freezeframe.control.failures import ActionFailed, bottom
 
     try:
         vmm.create(config)
         vmm.boot()
     except ActionFailed as failure:
-        cause = failure.__cause__
-        if isinstance(cause, FreezeframeError) and not isinstance(cause, ActionFailed):
-            raise cause from cause.__cause__
-        raise
+        error = bottom(failure)
+        raise error from error.__cause__
 
 
 def _config(args: argparse.Namespace) -> VmConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from freezeframe.errors import FreezeframeError, chain_messages
+from freezeframe.errors import FreezeframeError, InvalidState, IoFailed, chain_messages
 
 BAD_REQUEST = 400
 NOT_FOUND = 404
@@ -24,3 +24,14 @@ class ActionFailed(FreezeframeError):
         super().__init__(texts[-1])
         self.texts = texts
         self.status = status
+
+
+def bottom(failure: ActionFailed) -> FreezeframeError:
+    """What a program or a command of ours gets: the error below CH's chain of texts. To be raised from its cause."""
+    cause = failure.__cause__
+    if isinstance(cause, FreezeframeError) and not isinstance(cause, ActionFailed):
+        return cause
+    text = ": ".join(failure.texts)
+    error = IoFailed(text) if isinstance(cause, OSError) else InvalidState(text)
+    error.__cause__ = cause or failure
+    return error

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 
-from freezeframe.control.failures import ActionFailed
+from freezeframe.control.failures import ActionFailed, bottom
 from freezeframe.control.live import LiveBackend
 from freezeframe.control.vmm import Vmm
 from freezeframe.errors import (
@@ -391,13 +391,8 @@ def _disk(disk: DiskConfig | AnyPath) -> DiskConfig:
 
 
 def _do(action: Callable[[], None]) -> None:
-    """Do an action; a program gets the error that was at the bottom of it, not CH's chain of texts."""
     try:
         action()
     except ActionFailed as failure:
-        cause = failure.__cause__
-        if isinstance(cause, FreezeframeError) and not isinstance(cause, ActionFailed):
-            raise cause from cause.__cause__
-        if isinstance(cause, OSError):
-            raise IoFailed(": ".join(failure.texts)) from cause
-        raise InvalidState(": ".join(failure.texts)) from failure
+        error = bottom(failure)
+        raise error from error.__cause__
