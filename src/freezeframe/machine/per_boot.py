@@ -87,6 +87,8 @@ def _first_line(name: str, facts: tuple[object, ...]) -> str | None:
 def _folders() -> list[str]:
     """The best first: what is there for as long as the user is logged in, and what stays."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isdir(runtime):
+        runtime = ""  # that one is made at login, not by programs
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):
         cache = os.path.expanduser("~/.cache")
