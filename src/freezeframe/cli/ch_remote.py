@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from freezeframe.client import Response
+    from freezeframe.client import Connection, Response
 
 PROGRAM = "ch-remote"
 # Statuses by the names that CH's client has for them; it knows no others.
@@ -149,7 +149,7 @@ def main() -> int:
         print_chain(PROGRAM, chain_messages(error))
         return 1
     try:
-        return _perform(_socket_path(values["api-socket"]), method, action, body)
+        return _perform(_socket_path(values["api-socket"]), name, (method, action, body))
     except KeyboardInterrupt:
         return 130
 
@@ -158,15 +158,20 @@ def _socket_path(text: str) -> str:
     return text.removeprefix("path=")
 
 
-def _perform(socket: str, method: str, action: str, body: bytes | None) -> int:
+def _perform(socket: str, name: str, request: tuple[str, str, bytes | None]) -> int:
     from freezeframe.client import Connection
+
+    method, action, body = request
 
     try:
         connection = Connection(socket)
     except FreezeframeError as error:
         return _log(": ".join(chain_messages(error)))
     try:
-        response = connection.request(method, f"/api/v1/{action}", body)
+        with connection:
+            if name in _UNTRANSLATED:
+                _refuse_others(connection, name)
+            response = connection.request(method, f"/api/v1/{action}", body)
         if not response.ok:
             raise ServerError(response)
     except ServerError as error:
@@ -179,6 +184,20 @@ def _perform(socket: str, method: str, action: str, body: bytes | None) -> int:
         print_chain(PROGRAM, ["http client error", *chain_messages(error)])
         return 1
     return 0 if response.body is None else _print(response.body + b"\n")
+
+
+def _refuse_others(connection: Connection, name: str) -> None:
+    """Cloud Hypervisor would act on the empty configuration that our server refuses."""
+    response = connection.get("vmm.ping")
+    try:
+        version = response.json()["build_version"]
+    except (ValueError, TypeError, KeyError):
+        version = None
+    if "freezeframe" not in str(version):
+        raise Refused(
+            f"{name}: this client does not know its configuration and would send an empty one to {version}",
+            hint="use the ch-remote of that VMM",
+        )
 
 
 def _print(data: bytes) -> int:
@@ -280,6 +299,12 @@ def _configured(name: str, given: dict[str, Any]) -> tuple[str, str, bytes]:
     return _json(name, {key: value for key, value in given.items() if key == "id"})
 
 
+# Whose configuration is not translated, because our server refuses them all.
+_UNTRANSLATED = frozenset(
+    name
+    for name in COMMANDS.commands
+    if name.startswith("add-") or name in ("coredump", "send-migration", "receive-migration")
+)
 _REQUESTS: dict[str, Callable[[str, dict[str, Any]], tuple[str, str, bytes | None]]] = {
     "snapshot": _snapshot,
     "restore": _restore,
@@ -287,11 +312,7 @@ _REQUESTS: dict[str, Callable[[str, dict[str, Any]], tuple[str, str, bytes | Non
     "resize": _resize,
     "resize-disk": _resize_disk,
     "resize-zone": _resize_zone,
-    **{
-        name: _configured
-        for name in COMMANDS.commands
-        if name.startswith("add-") or name in ("remove-device", "coredump", "send-migration", "receive-migration")
-    },
+    **dict.fromkeys((*_UNTRANSLATED, "remove-device"), _configured),
 }
 
 

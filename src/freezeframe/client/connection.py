@@ -97,7 +97,7 @@ class Connection:
         length = dict(headers).get("content-length")
         if length is None:
             return Response(status, None)
-        if not length.isdigit():
+        if not (length.isascii() and length.isdigit()):
             raise ClientError("Error parsing HTTP Content-Length field")
         while len(self._data) < int(length):
             self._receive()
