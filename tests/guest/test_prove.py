@@ -17,7 +17,7 @@ import freezeframe as ff
 from freezeframe import _core
 from freezeframe.cli.freezeframe import main
 from freezeframe.cli.prove_cmd import report
-from freezeframe.errors import Damaged, Incompatible, IoFailed, NotFound, NotSupported, Refused
+from freezeframe.errors import Damaged, Incompatible, InvalidState, IoFailed, NotFound, NotSupported, Refused
 from freezeframe.machine import build_for_boot, build_repeatable
 from freezeframe.proof import Input, Side, compare, prove, read_inputs, replay, write_inputs
 from freezeframe.store import write_snapshot
@@ -232,6 +232,17 @@ def test_the_library_gives_it_too(tmp_path):
         ff.prove(snapshot, 0)
     with pytest.raises(Refused):
         ff.replay(snapshot, seed=-1)
+
+
+def test_a_replay_does_not_go_back_and_says_when_it_is_closed(tmp_path):
+    with replay(frozen(tmp_path, guests.tick(size=0x4000))) as run:
+        run.advance(0)
+        with pytest.raises(Refused, match="does not go back"):
+            run.advance(-1)
+    run.close()
+    for use in (lambda: run.advance(1), run.digests, run.output, lambda: run.instructions, lambda: run.ended):
+        with pytest.raises(InvalidState, match="closed"):
+            use()
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

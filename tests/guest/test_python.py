@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import threading
 
 import pytest
 
@@ -65,8 +66,8 @@ def test_states(kernel, tmp_path):
     assert vm.state == "stopped"
     assert repr(vm) == "<Machine stopped>"
     assert "T 2\n" in vm.serial.text
-    with pytest.raises(DeadlineExceeded):
-        vm.serial.expect("never", timeout=0.1)
+    with pytest.raises(InvalidState):
+        vm.serial.expect("never")
     with pytest.raises(InvalidState):
         vm.pause()
     with kept.restore(resume=False, memory="copy", clock="freeze") as first, kept.restore() as second:
@@ -154,3 +155,50 @@ def test_a_thread_that_breaks_is_no_quiet_end(kernel, monkeypatch):
             vm.wait(30)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert vm.state == "stopped"
+
+
+def test_nobody_waits_for_a_console_whose_machine_has_stopped(kernel):
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        vm.serial.expect(r"T 2\n")
+        with pytest.raises(DeadlineExceeded):
+            vm.serial.expect("never printed", timeout=0.1)
+        caught = []
+
+        def wait():
+            try:
+                vm.serial.expect("never printed", timeout=None)
+            except InvalidState as error:
+                caught.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        vm.kill()
+        waiting.join(60)
+        assert not waiting.is_alive()
+        assert "stopped" in str(caught[0])
+        vm.serial.read()
+        assert vm.serial.read(timeout=None) == ""
+        with pytest.raises(InvalidState, match="stopped"):
+            vm.serial.write("nobody reads this")
+        assert "T 2\n" in vm.serial.text
+
+
+def test_nothing_is_accepted_and_ignored(kernel, tmp_path):
+    with ff.boot(kernel=kernel, memory="64M") as vm:
+        kept = vm.snapshot(tmp_path / "s")
+    with pytest.raises(Refused, match="memory='fast'") as caught:
+        kept.restore(memory="fast")  # type: ignore[arg-type]
+    assert caught.value.hint == "one of auto, ondemand, copy"
+    with pytest.raises(Refused, match="clock='stop'"):
+        kept.restore(clock="stop")  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="disks is"):
+        kept.restore(disks=["a.raw"])  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"disks is one path, 'a\.raw'"):
+        ff.boot(kernel=kernel, disks="a.raw")
+    with pytest.raises(Refused, match="1 to 254"):
+        ff.boot(kernel=kernel, cpus=255)
+    # What the commands and `replay` call a snapshot is one here too.
+    with ff.restore(f"file://{tmp_path}/s", resume=False) as vm:
+        assert vm.state == "paused"
+    with ff.restore(bytes(tmp_path / "s"), resume=False) as vm:  # type: ignore[arg-type]
+        assert vm.state == "paused"

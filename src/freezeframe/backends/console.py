@@ -8,11 +8,12 @@ import stat
 import sys
 
 from freezeframe._core import ConsoleInput, ConsoleOutput
-from freezeframe.errors import DeadlineExceeded, IoFailed, NotSupported, Refused
+from freezeframe.errors import DeadlineExceeded, InvalidState, IoFailed, NotSupported, Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
+    from collections.abc import Callable
     from typing import Literal
 
     from freezeframe._core import Serial, VirtioConsole
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Seconds without a byte taken after which a reader counts as gone at the end of a machine.
 PATIENCE = 1.0
+# Seconds after which a program that waits for output hears that the machine has ended.
+LOOK_UP = 0.1
 
 
 STDIN, STDOUT = 0, 1
@@ -217,12 +220,18 @@ def _open_pty(capture: int) -> HostConsole:
 
 class Console:
     """A console for programs: what the guest prints, and a way to type. The output must have been made with
-    `capture`.
+    `capture`. `ended` says whether the machine is gone, after which there is nothing to wait for.
     """
 
-    def __init__(self, output: ConsoleOutput, device: VirtioConsole | Serial) -> None:
+    def __init__(
+        self,
+        output: ConsoleOutput,
+        device: VirtioConsole | Serial,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._output = output
         self._device = device
+        self._ended = ended
         self._position = 0
         self._seen = ""
         # A character may come in two halves.
@@ -236,38 +245,68 @@ class Console:
     def read(self, timeout: float | None = 0) -> str:
         """Output since the last `read` or the last `expect`'s match; waits up to `timeout` seconds for some."""
         if not self._seen:
-            self._more(timeout)
+            self._wait(_deadline(timeout))
         seen, self._seen = self._seen, ""
         return seen
 
-    def _more(self, timeout: float | None) -> bool:
+    def _wait(self, deadline: float | None) -> bool:
+        """For more output; False when none came in time, or none will come any more."""
+        while True:
+            over = self._ended()  # asked first: all that it printed is there then
+            left = _left(deadline)
+            if self._more(0.0 if over else min(left, LOOK_UP)):
+                return True
+            if over or left == 0:
+                return False
+
+    def _more(self, timeout: float) -> bool:
         self._position, data = self._output.read(self._position, timeout)
         self._seen += self._decode(data)
         return bool(data)
 
     def write(self, text: str | bytes) -> None:
-        """Types `text`. Raises `Refused` when the guest has left a megabyte unread."""
+        """Types `text`. Raises `Refused` when the guest has left a megabyte unread, `InvalidState` when it is gone."""
+        if self._ended():
+            raise InvalidState("the machine has stopped: nobody reads its console")
         data = text.encode() if isinstance(text, str) else text
         if self._device.receive(data) != len(data):
             raise Refused("the guest does not read its console: its input buffer is full")
 
     def expect(self, pattern: str | re.Pattern[str], timeout: float | None = 60) -> re.Match[str]:
         """Waits for output that `pattern` (a regular expression) matches; gives the match, and the output up to its end
-        counts as read. Raises `DeadlineExceeded` with the last lines.
+        counts as read. Raises `DeadlineExceeded` with the last lines, `InvalidState` when the machine ends before.
         """
         import re
-        import time
 
         compiled = re.compile(pattern)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         while True:
             match = compiled.search(self._seen)
             if match is not None:
                 self._seen = self._seen[match.end() :]
                 return match
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._more(left) and left == 0:
+            if self._wait(deadline):
+                continue
+            last = f"it ends with: {self._seen[-500:]!r}"
+            if _left(deadline) == 0:
                 raise DeadlineExceeded(
-                    f"the console did not show {compiled.pattern!r} within {timeout} seconds; "
-                    f"it ends with: {self._seen[-500:]!r}"
+                    f"the console did not show {compiled.pattern!r} within {timeout} seconds; {last}"
                 )
+            raise InvalidState(
+                f"the machine has stopped, and its console did not show {compiled.pattern!r}; {last}",
+                hint="wait() of the machine raises why, if it failed",
+            )
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """`timeout` seconds from now, as `_left` takes it."""
+    import time
+
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float:
+    """Seconds until then; infinite without a deadline."""
+    import time
+
+    return float("inf") if deadline is None else max(0.0, deadline - time.monotonic())

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from freezeframe.config.vm import CpuTopology, DiskConfig, VmConfig
 
 MAX_CPUS = 8192
+VCPUS_MAX = 254  # xAPIC ids that are no broadcast, and one for the I/O APIC
 MAX_SERIAL = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6
 MIN_BLOCK_QUEUE = 2
 PAGE = 4096
@@ -42,6 +43,9 @@ def validate(config: VmConfig) -> None:
         raise ConfigRefused(f"Max CPUs ({cpus.max_vcpus}) lower than boot CPUs ({cpus.boot_vcpus})")
     if cpus.max_vcpus > MAX_CPUS:
         raise ConfigRefused(f"Too many CPUs: specified {cpus.max_vcpus} but {MAX_CPUS} is the limit")
+    # Ours: CH finds it only while it builds the machine. Here, because other rules count on it.
+    if not 1 <= cpus.boot_vcpus <= VCPUS_MAX:
+        raise ConfigRefused(f"A machine has 1 to {VCPUS_MAX} vCPUs: cpus.boot_vcpus is {cpus.boot_vcpus}")
     ids: set[str] = set()
     for disk in config.disks or ():
         _validate_disk(disk, config)
@@ -70,8 +74,6 @@ def validate(config: VmConfig) -> None:
     if platform is not None and not 1 <= platform.num_pci_segments <= 96:
         raise ConfigRefused(f"Number of PCI segments ({platform.num_pci_segments}) not in range of 1 to 96")
     # From here on ours: CH finds these only while it builds the machine.
-    if cpus.boot_vcpus == 0:
-        raise ConfigRefused("A machine needs at least one vCPU: cpus.boot_vcpus is 0")
     if memory.size == 0 or memory.size % PAGE:
         raise ConfigRefused(f"Memory size must be a multiple of {PAGE} above 0: {memory.size}")
     devices = config.test_devices or ()

@@ -91,13 +91,16 @@ class Console:
         return self._end().read(timeout)
 
     def write(self, text: str | bytes) -> None:
-        """Type `text`; a line ends with a newline character. `Refused` when the guest does not read."""
+        """Type `text`; a line ends with a newline character. `Refused` when the guest does not read, `InvalidState`
+        when it has stopped.
+        """
         self._end().write(text)
 
     def expect(self, pattern: str | re.Pattern[str], timeout: float | None = 60) -> re.Match[str]:
         """Wait for output that a regular expression matches; what comes before its end counts as read.
 
-        `DeadlineExceeded` after `timeout` seconds, with the last output in the message.
+        `DeadlineExceeded` after `timeout` seconds, with the last output in the message; `InvalidState` when the
+        machine stops before.
         """
         return self._end().expect(pattern, timeout)
 
@@ -114,7 +117,7 @@ class Console:
         if self._reader is None or host is not self._host:
             self._host = host
             keys: Any = _Keys(host)
-            self._reader = Reader(host.output, keys)
+            self._reader = Reader(host.output, keys, self._machine.has_ended)
         return self._reader
 
 
@@ -257,6 +260,10 @@ class Machine:
         self._vmm.request_exit()
         self._ended.wait()
 
+    def has_ended(self) -> bool:
+        """Stopped for good, whoever did it."""
+        return self._ended.is_set()
+
     def host_console(self, device_id: str) -> HostConsole:
         """The host's end of a console of the machine that runs now; `NotFound` when it has none by that id."""
         host = self._live().backends.consoles.get(device_id)
@@ -299,11 +306,15 @@ def boot(
     )
 
     if config is None:
+        if kernel is None:
+            raise Refused("there is nothing to boot", hint="kernel=PATH, a bzImage or an ELF file with a PVH entry")
+        if isinstance(disks, str | bytes | os.PathLike):
+            raise Refused(f"disks is one path, {os.fspath(disks)!r}", hint="a list of them: disks=[PATH]")
         config = VmConfig(
             cpus=CpusConfig(boot_vcpus=cpus, max_vcpus=cpus),
             memory=MemoryConfig(size=_bytes(memory)),
             payload=PayloadConfig(
-                kernel=None if kernel is None else os.fspath(kernel),
+                kernel=os.fspath(kernel),
                 initramfs=None if initrd is None else os.fspath(initrd),
                 cmdline=cmdline,
             ),
@@ -338,8 +349,13 @@ def restore(
     """
     from freezeframe.config import RestoreConfig, RestoredDisk
 
+    _known("memory", memory, "auto", "ondemand", "copy")
+    _known("clock", clock, "advance", "freeze")
+    if disks is not None and not hasattr(disks, "items"):
+        raise Refused(f"disks is {disks!r}", hint='paths by device id: disks={"_disk0": PATH}')
+    directory = os.path.abspath(os.fsdecode(source).removeprefix("file://"))
     request = RestoreConfig(
-        source_url=f"file://{os.path.abspath(os.fspath(source))}",
+        source_url=f"file://{directory}",
         memory_restore_mode="Copy" if memory == "copy" else "OnDemand",
         clock="Freeze" if clock == "freeze" else "Advance",
         disks=tuple(RestoredDisk(id=name, path=os.fspath(path)) for name, path in (disks or {}).items()),
@@ -349,6 +365,11 @@ def restore(
     vmm, reports = _vmm(engine)
     _do(lambda: vmm.restore(request))
     return Machine(vmm, reports)
+
+
+def _known(option: str, given: str, *values: str) -> None:
+    if given not in values:
+        raise Refused(f"{option}={given!r} is not known", hint=f"one of {', '.join(values)}")
 
 
 def _vmm(engine: str) -> tuple[Vmm, list[str]]:

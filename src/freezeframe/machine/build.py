@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from freezeframe.machine.engine import EngineReport
     from freezeframe.startup.entry import Entry
 
-VCPUS_MAX = 254
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 CLOCK_FIELDS = ("tsc_khz", "tsc", "boot_ns", "wall_ns", "host_wall_ns")
 
@@ -255,8 +254,10 @@ def _software_only(config: VmConfig) -> str | None:
 
 
 def _check(config: VmConfig) -> None:
+    from freezeframe.config.validate import VCPUS_MAX
+
     if not 1 <= config.cpus.boot_vcpus <= VCPUS_MAX:
-        raise Refused(f"{config.cpus.boot_vcpus} vCPUs: 1 to {VCPUS_MAX}")
+        raise Refused(f"A machine has 1 to {VCPUS_MAX} vCPUs: cpus.boot_vcpus is {config.cpus.boot_vcpus}")
     ids = [disk.id for disk in config.disks or ()]
     if len(set(ids)) != len(ids):
         raise Refused("two disks have the same id")

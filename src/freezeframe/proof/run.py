@@ -6,7 +6,7 @@ import os
 from itertools import pairwise
 
 from freezeframe import _core
-from freezeframe.errors import Refused
+from freezeframe.errors import InvalidState, Refused
 from freezeframe.proof.inputs import POWER_BUTTON, Input
 
 TYPE_CHECKING = False
@@ -55,26 +55,29 @@ class Replay:
     """
 
     def __init__(self, machine: RepeatableMachine, inputs: Sequence[Input] = ()) -> None:
-        self._machine = machine
+        self._machine: RepeatableMachine | None = machine
         self._due = list(inputs)
         self.inputs: list[Input] = []
         """What it was given so far."""
 
     @property
     def machine(self) -> RepeatableMachine:
+        """`InvalidState` after `close`."""
+        if self._machine is None:
+            raise InvalidState("this replay is closed: its machine has ended")
         return self._machine
 
     @property
     def instructions(self) -> int:
         """What all vCPUs together have executed since the snapshot."""
-        return self._machine.instructions
+        return self.machine.instructions
 
     @property
     def ended(self) -> str | None:
         """`poweroff` or `reset` when the guest ended, `asleep` when only input would wake it, None while it can run."""
-        if self._machine.stopped is not None:
-            return self._machine.stopped.kind
-        return "asleep" if self._machine.asleep else None
+        if self.machine.stopped is not None:
+            return self.machine.stopped.kind
+        return "asleep" if self.machine.asleep else None
 
     def advance(self, instructions: int) -> None:
         """Executes so many instructions more; fewer when the guest ends or sleeps for ever.
@@ -82,6 +85,8 @@ class Replay:
         Raises `Damaged` for memory of the snapshot that is not what was written, `EngineError` when the engine cannot
         go on; the machine then stands before that instruction.
         """
+        if instructions < 0:
+            raise Refused(f"{instructions} instructions: a replay does not go back; make another one")
         self.run_to(self.instructions + instructions)
 
     def run_to(self, count: int) -> None:
@@ -89,7 +94,7 @@ class Replay:
         while self._due and self._due[0].at <= count:
             if self.instructions < self._due[0].at:
                 self._run(self._due[0].at)
-            if self.instructions < self._due[0].at and not self._machine.asleep:
+            if self.instructions < self._due[0].at and not self.machine.asleep:
                 return
             # One that sleeps takes its input early: nothing happens to it until then.
             self._give(self._due.pop(0))
@@ -105,24 +110,27 @@ class Replay:
 
     def output(self, console: str = "__console") -> str:
         """What the guest printed since the snapshot, the last MiB of it."""
-        return self._machine.output(console).decode(errors="replace")
+        return self.machine.output(console).decode(errors="replace")
 
     def state(self) -> dict[str, Any]:
         """Everything but memory."""
-        return self._machine.state()
+        return self.machine.state()
 
     def digests(self, *, afresh: bool = False) -> Digests:
         """Of the machine as it stands. Memory that was written is followed; `afresh` looks at all of it instead."""
-        state = self._machine.state()
-        memory = self._machine.memory_digest(afresh=afresh)
+        state = self.machine.state()
+        memory = self.machine.memory_digest(afresh=afresh)
         return Digests(_digest(state["cpu"]), _digest(state["devices"]), memory.hex())
 
     def interrupt(self) -> None:
         """Makes an `advance` on another thread come back soon."""
-        self._machine.interrupt()
+        self.machine.interrupt()
 
     def close(self) -> None:
-        self._machine.close()
+        """Ends the machine; nothing happens when it has ended."""
+        machine, self._machine = self._machine, None
+        if machine is not None:
+            machine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -131,16 +139,16 @@ class Replay:
         self.close()
 
     def _run(self, count: int) -> None:
-        self._machine.run_to(count)
-        stopped = self._machine.stopped
+        self.machine.run_to(count)
+        stopped = self.machine.stopped
         if stopped is not None and stopped.error is not None:
             raise stopped.error
 
     def _give(self, given: Input) -> None:
         if given.device == POWER_BUTTON:
-            self._machine.press_power_button()
+            self.machine.press_power_button()
         else:
-            self._machine.receive(given.device, given.data)
+            self.machine.receive(given.device, given.data)
         self.inputs.append(given)
 
 

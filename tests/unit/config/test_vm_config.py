@@ -110,7 +110,12 @@ def test_unknown_names_are_refused_by_name():
     [
         ('"cpus":{"boot_vcpus":4,"max_vcpus":2}', "Max CPUs (2) lower than boot CPUs (4)"),
         ('"cpus":{"boot_vcpus":9000,"max_vcpus":9000}', "Too many CPUs: specified 9000 but 8192 is the limit"),
-        ('"cpus":{"boot_vcpus":0,"max_vcpus":0}', "A machine needs at least one vCPU: cpus.boot_vcpus is 0"),
+        ('"cpus":{"boot_vcpus":0,"max_vcpus":0}', "A machine has 1 to 254 vCPUs: cpus.boot_vcpus is 0"),
+        (
+            '"cpus":{"boot_vcpus":0,"max_vcpus":0},"disks":[{"path":"a"}]',
+            "A machine has 1 to 254 vCPUs: cpus.boot_vcpus is 0",
+        ),
+        ('"cpus":{"boot_vcpus":255,"max_vcpus":255}', "A machine has 1 to 254 vCPUs: cpus.boot_vcpus is 255"),
         ('"memory":{"size":0}', "Memory size must be a multiple of 4096 above 0: 0"),
         ('"memory":{"size":4097}', "Memory size must be a multiple of 4096 above 0: 4097"),
         ('"disks":[{"path":"a","id":"x"},{"path":"b","id":"x"}]', "Identifier x is not unique"),
