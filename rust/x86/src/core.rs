@@ -155,9 +155,10 @@ pub struct Core {
     pub(crate) generation: u64,
     pub(crate) marks_seen: usize,
     pub(crate) scratch: Vec<Insn>,
-    /// What translated code needs: its table of jump targets, the table of instructions that it lets functions execute, its budget
-    /// when it was entered (or last counted), how an instruction left it, and a panic on its way through it.
+    /// What translated code needs: its table of jump targets, the machine's, the table of instructions that it lets functions execute,
+    /// its budget when it was entered (or last counted), how an instruction left it, and a panic on its way through it.
     pub(crate) codes: jit::Codes,
+    pub(crate) places: *const jit::Places,
     pub(crate) sites: *const jit::Site,
     pub(crate) entered: u64,
     pub(crate) ended: Option<End>,
@@ -170,7 +171,7 @@ pub struct Core {
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
 }
 
-// SAFETY: `stop_at`, `block_at` and `sites` are used while the core runs only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
+// SAFETY: `stop_at`, `block_at`, `places` and `sites` are used while the core runs only, and host addresses in the TLB stay valid while `shared.memory` lives, which is as long as
 // the core does; neither is tied to a thread.
 unsafe impl Send for Core {}
 
@@ -218,6 +219,7 @@ impl Core {
             marks_seen: 0,
             scratch: Vec::new(),
             codes: jit::Codes::default(),
+            places: std::ptr::null(),
             sites: std::ptr::null(),
             entered: 0,
             ended: None,

@@ -332,6 +332,7 @@ impl Core {
             match from.take() {
                 Some((link, generation)) if generation == self.generation => jit.link(link, id),
                 _ => {
+                    jit.remember(id);
                     self.tlb.note_fetch(self.cpu.rip);
                     global = Some(self.jumps.is_global(self.cpu.rip, self.jump_key_global));
                 }
@@ -363,20 +364,18 @@ impl Core {
             // Everything starts anew, when no block is running.
             return cache.clear(&self.shared.memory);
         }
-        let rip = self.cpu.rip;
         let mut bytes = [0; MAX_INSNS * MAX_LEN];
-        let mut len = 0;
+        let (mut phys, mut len) = (self.cpu.rip & (PAGE_SIZE - 1), 0);
         if self.cpu.code_size == CodeSize::Bits64 {
-            len = self.block_bytes(cache, span, &mut bytes).unwrap_or(0);
+            (phys, len) = self.block_bytes(cache, span, &mut bytes).unwrap_or((phys, 0));
         }
         self.fault = None;
         let (insns, Some(jit)) = cache.insns_mut(span) else { return };
-        let offset = (rip & (PAGE_SIZE - 1)) as u16;
-        jit.translate(jit::Block { start: span.start, insns, bytes: &bytes[..len], offset, half: self.half });
+        jit.translate(jit::Block { start: span.start, insns, bytes: &bytes[..len], phys, half: self.half });
     }
 
-    /// The bytes that the block at RIP was decoded from. `None`: it is not one to translate.
-    fn block_bytes(&mut self, cache: &Cache, span: Span, bytes: &mut [u8]) -> Option<usize> {
+    /// Where the block at RIP is, and the bytes that it was decoded from. `None`: it is not one to translate.
+    fn block_bytes(&mut self, cache: &Cache, span: Span, bytes: &mut [u8]) -> Option<(u64, usize)> {
         let rip = self.cpu.rip;
         let phys = self.fetch(rip).ok()?;
         let len: usize = cache.insns(span).iter().map(|i| usize::from(i.len)).sum();
@@ -386,7 +385,7 @@ impl Core {
             return None;
         }
         self.read_code(phys, bytes.get_mut(..len)?).ok()?;
-        Some(len)
+        Some((phys, len))
     }
 
     /// The block at `rip`, and tells the branch that led there when both are on one page.

@@ -1,4 +1,5 @@
-//! Each vCPU's table from linear addresses to translated code, for jumps whose target is not fixed.
+//! Two ways to translated code for jumps whose target is not fixed: each vCPU's table of linear addresses, and the machine's of
+//! physical ones, which is asked when the first does not know (any more: a CR3 write empties it of user code).
 
 use crate::tlb;
 
@@ -65,6 +66,11 @@ impl Codes {
         self.entries[index] = Entry { linear, code };
     }
 
+    pub fn get(&self, linear: u64, half: usize) -> Option<u64> {
+        let entry = &self.entries[Self::index(linear, half)];
+        (entry.linear == linear).then_some(entry.code)
+    }
+
     pub fn forget(&mut self, linear: u64, half: usize) {
         let index = Self::index(linear, half);
         self.entries[index].linear = never(index);
@@ -81,6 +87,50 @@ impl Codes {
         self.flush();
         for n in self.used_global.drain(..) {
             self.entries[usize::from(n)].linear = never(usize::from(n));
+        }
+    }
+}
+
+/// Entries of [`Places`].
+const PLACES: usize = 1 << 15;
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    key: u64,
+    code: u64,
+}
+
+/// Direct-mapped: physical address of a block's first byte and TLB half → its living translation, of 64-bit code.
+pub struct Places(Box<[Place]>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(vec![Place { key: u64::MAX, code: 0 }; PLACES].into_boxed_slice())
+    }
+}
+
+impl Places {
+    fn index(phys: u64) -> usize {
+        (phys ^ phys >> 12) as usize & (PLACES - 1)
+    }
+
+    fn key(phys: u64, half: usize) -> u64 {
+        phys << 1 | u64::from(half & tlb::USER != 0)
+    }
+
+    pub fn get(&self, phys: u64, half: usize) -> Option<u64> {
+        let place = &self.0[Self::index(phys)];
+        (place.key == Self::key(phys, half)).then_some(place.code)
+    }
+
+    pub fn put(&mut self, phys: u64, half: usize, code: u64) {
+        self.0[Self::index(phys)] = Place { key: Self::key(phys, half), code };
+    }
+
+    pub fn forget(&mut self, phys: u64, half: usize) {
+        let place = &mut self.0[Self::index(phys)];
+        if place.key == Self::key(phys, half) {
+            place.key = u64::MAX;
         }
     }
 }

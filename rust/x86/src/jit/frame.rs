@@ -167,9 +167,6 @@ pub fn thunks(asm: &mut Asm, base: u64) -> Thunks {
     reload(asm);
     asm.bytes(&[0xff, 0xe0]);
 
-    let jump = at(asm);
-    asm.store(word(TARGET), RAX);
-    asm.mov_eax(JUMP as u32);
     let leave = at(asm);
     spill(asm);
     save_x87(asm);
@@ -190,10 +187,32 @@ pub fn thunks(asm: &mut Asm, base: u64) -> Thunks {
     reload(asm);
     asm.bytes(&[0xc3]);
     asm.land(leaving);
-    // The return address.
-    asm.bytes(&[0x48, 0x83, 0xc4, 8]);
+    // The return address; cmp rax, 255; jbe out; else it is code to go on with.
+    asm.bytes(&[0x48, 0x83, 0xc4, 8, 0x48, 0x3d]);
+    asm.imm32(0xff);
+    let above = asm.jcc_forward(7);
     asm.jmp_back(out);
-    Thunks { enter, step: step_at, leave, jump }
+    asm.land(above);
+    let onward = asm.here();
+    load_x87(asm);
+    reload(asm);
+    asm.bytes(&[0xff, 0xe0]);
+
+    let jump_at = at(asm);
+    asm.store(word(TARGET), RAX);
+    spill(asm);
+    save_x87(asm);
+    asm.lea(RDI, Mem::at(RBP, -(GPR as i32)));
+    // mov rax, jump; call rax; test rax, rax; jz: nobody knows
+    asm.bytes(&[0x48, 0xb8]);
+    asm.bytes(&(jump as *const () as u64).to_le_bytes());
+    asm.bytes(&[0xff, 0xd0, 0x48, 0x85, 0xc0]);
+    let unknown = asm.jcc_forward(4);
+    asm.jmp_back(onward);
+    asm.land(unknown);
+    asm.mov_eax(JUMP as u32);
+    asm.jmp_back(out);
+    Thunks { enter, step: step_at, leave, jump: jump_at }
 }
 
 /// `mov [FLAGS], eax` after LAHF and SETO: no flag changes.
@@ -215,7 +234,8 @@ pub fn image(arithmetic: u64) -> u64 {
     (arithmetic & 0xd5) << 8 | arithmetic >> 11 & 1
 }
 
-/// Carries out the instruction at `site`. 0: go on after it; else the block is left and `core.left` says how.
+/// Carries out the instruction at `site`. 0: go on after it; [`STEP`]: translated code is left and `core.ended` says how; else the block is
+/// left and this is the code to go on with.
 ///
 /// # Safety
 /// Only translated code calls this, with its own core, of which nobody else holds a reference meanwhile, and a site of its own.
@@ -225,7 +245,7 @@ unsafe extern "C" fn step(core: *mut Core, site: u32) -> u64 {
     // SAFETY: `enter` has set the table, which does not change while translated code runs.
     let site = unsafe { &*core.sites.add(site as usize) };
     match catch_unwind(AssertUnwindSafe(|| core.execute(site))) {
-        Ok(goes_on) => u64::from(!goes_on),
+        Ok(next) => next,
         Err(panic) => {
             // Frames of translated code cannot be unwound: the panic goes on after them.
             core.panic = Some(panic);
@@ -234,9 +254,22 @@ unsafe extern "C" fn step(core: *mut Core, site: u32) -> u64 {
     }
 }
 
+/// Translated code jumps to the address in word [`TARGET`]: the code there, or 0.
+///
+/// # Safety
+/// As for [`step`].
+unsafe extern "C" fn jump(core: *mut Core) -> u64 {
+    // SAFETY: as the function demands.
+    let core = unsafe { &mut *core };
+    catch_unwind(AssertUnwindSafe(|| core.jump())).unwrap_or_else(|panic| {
+        core.panic = Some(panic);
+        0
+    })
+}
+
 impl Core {
-    /// Whether the block goes on after the instruction. Budget and count are as the interpreter has them meanwhile.
-    fn execute(&mut self, site: &Site) -> bool {
+    /// As [`step`]. Budget and count are as the interpreter has them meanwhile.
+    fn execute(&mut self, site: &Site) -> u64 {
         if site.floats {
             self.note_floating();
         }
@@ -266,12 +299,12 @@ impl Core {
             if site.x87 {
                 self.note_x87();
             }
-            return true;
+            return 0;
         }
         self.ended = self.end_of_step(flow, insn, site.start);
         self.entered = self.budget;
         self.cpu.gpr[BUDGET] = self.budget;
-        false
+        self.onward()
     }
 
     /// RIP and the counts after an instruction that a block is left with; `None`: another block may follow.
@@ -300,15 +333,20 @@ impl Core {
         }
     }
 
-    /// Runs translated code at `code`, whose block begins at RIP.
-    pub(super) fn enter_translated(&mut self, enter: u64, sites: *const Site, code: u64, eager: bool) -> u64 {
-        self.sites = sites;
+    /// What a block that begins at RIP finds, besides the flags.
+    pub(super) fn begin_translated(&mut self, eager: bool) {
         self.cpu.gpr[PAGE] = self.cpu.rip & !0xfff;
-        self.cpu.gpr[FLAGS] = image(self.cpu.arith());
         self.cpu.gpr[BUDGET] = self.budget;
         self.entered = self.budget;
         self.allow_sse();
         self.allow_x87(eager);
+    }
+
+    /// Runs translated code at `code`, whose block begins at RIP.
+    pub(super) fn enter_translated(&mut self, enter: u64, sites: *const Site, code: u64, eager: bool) -> u64 {
+        self.sites = sites;
+        self.cpu.gpr[FLAGS] = image(self.cpu.arith());
+        self.begin_translated(eager);
         // SAFETY: `enter` is the address of the code emitted by `thunks`, which has this signature and calling convention.
         let enter: extern "C" fn(*mut Core, u64) -> u64 = unsafe { std::mem::transmute(enter) };
         let why = enter(std::ptr::from_mut(self), code);

@@ -10,6 +10,7 @@ mod float;
 mod frame;
 mod integer;
 mod muldiv;
+mod onward;
 mod operand;
 mod region;
 mod transfer;
@@ -17,13 +18,14 @@ mod vector;
 mod x87;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
+use memory::PAGE_SIZE;
 
 use crate::cache::ARENA;
 use crate::core::Core;
 use crate::insn::{Insn, TRANSLATED, UNTRANSLATABLE};
 use crate::run::End;
 
-pub(crate) use codes::Codes;
+pub(crate) use codes::{Codes, Places};
 pub(crate) use float::X87Image;
 pub(crate) use frame::Site;
 
@@ -36,8 +38,9 @@ const BLOCK: usize = 32 << 10;
 struct Translated {
     count: u8,
     half: usize,
-    /// Where in its page it begins.
+    /// Where in its page it begins, and where that page is.
     offset: u16,
+    page: u64,
     /// Offsets in the region: its code, and where it is left before its first instruction.
     code: usize,
     head_exit: usize,
@@ -65,6 +68,7 @@ pub struct Jit {
     links: Vec<Link>,
     /// By a block's index in the block cache: 1 + the number of its translation, or 0. Mostly never touched.
     by_start: Vec<u32>,
+    places: Places,
     same_flags: bool,
     /// The guest's x87 registers are loaded on the way in, whether they will be used or not: for tests.
     pub eager: bool,
@@ -89,8 +93,8 @@ pub(crate) struct Block<'a> {
     pub insns: &'a mut [Insn],
     /// Its bytes, as they are in memory now.
     pub bytes: &'a [u8],
-    /// Where in its page it begins.
-    pub offset: u16,
+    /// Guest physical address of the first.
+    pub phys: u64,
     pub half: usize,
 }
 
@@ -116,6 +120,7 @@ impl Jit {
             blocks: Vec::new(),
             links: Vec::new(),
             by_start: vec![0; ARENA],
+            places: Places::default(),
             same_flags: is_amd(),
             eager: false,
             decoded: Vec::new(),
@@ -141,12 +146,13 @@ impl Jit {
         let decoded = std::mem::take(&mut self.decoded);
         let base = self.region.address(self.next);
         let id = self.blocks.len() as u32;
+        let (offset, page) = ((block.phys % PAGE_SIZE) as u16, block.phys & !(PAGE_SIZE - 1));
         let translator = block::Translator::new(block::Unit {
             base,
             thunks: self.thunks,
             same_flags: self.same_flags,
             half: block.half,
-            offset: block.offset,
+            offset,
             insns: block.insns,
             sites: &mut self.sites,
             first_link: self.links.len() as u32,
@@ -163,12 +169,14 @@ impl Jit {
         self.blocks.push(Translated {
             count: block.insns.len() as u8,
             half: block.half,
-            offset: block.offset,
+            offset,
+            page,
             code: self.next,
             head_exit: at(code.head_exit),
             incoming: Vec::new(),
         });
         self.next = (self.next + code.bytes.len()).next_multiple_of(16);
+        self.remember(id);
         self.by_start[block.start as usize] = id + 1;
         block.insns[0].heat = TRANSLATED;
     }
@@ -198,6 +206,12 @@ impl Jit {
         (block.half == half && budget >= u64::from(block.count)).then_some(id)
     }
 
+    /// Lets jumps that look for the block find it.
+    pub fn remember(&mut self, id: u32) {
+        let block = &self.blocks[id as usize];
+        self.places.put(block.page + u64::from(block.offset), block.half, self.region.address(block.code));
+    }
+
     /// Lets a link lead straight to a block, which must be the one at its target.
     pub fn link(&mut self, link: u32, to: u32) {
         let distance = {
@@ -218,6 +232,7 @@ impl Jit {
             self.region.put(link.at, &distance.to_le_bytes());
         }
         let block = &self.blocks[id as usize];
+        self.places.forget(block.page + u64::from(block.offset), block.half);
         let mut jump = vec![0xe9];
         jump.extend(((block.head_exit as i64 - (block.code as i64 + 5)) as i32).to_le_bytes());
         self.region.put(block.code, &jump);
@@ -227,7 +242,9 @@ impl Jit {
     pub fn clear(&mut self, end: usize) {
         self.next = self.first;
         self.sites.clear();
-        self.blocks.clear();
+        for block in self.blocks.drain(..) {
+            self.places.forget(block.page + u64::from(block.offset), block.half);
+        }
         self.links.clear();
         self.by_start[..end].fill(0);
     }
@@ -239,6 +256,7 @@ impl Jit {
         if let Some(global) = global {
             core.codes.put(core.cpu.rip, block.half, code, global);
         }
+        core.places = &raw const self.places;
         let why = core.enter_translated(self.thunks.enter, self.sites.as_ptr(), code, self.eager);
         let page = core.cpu.gpr[frame::PAGE];
         match why & 0xff {
