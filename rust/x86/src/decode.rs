@@ -96,7 +96,8 @@ fn ends_block(instr: &Instruction) -> bool {
         return true;
     }
     match instr.mnemonic() {
-        M::Hlt | M::Sti | M::Popf | M::Popfd | M::Popfq | M::Wrmsr | M::Lmsw | M::Clts | M::Invlpg | M::Wbinvd | M::Invd => true,
+        // After STI and POPF a block seldom ends; when it must, their functions say so.
+        M::Hlt | M::Wrmsr | M::Lmsw | M::Clts | M::Invlpg | M::Wbinvd | M::Invd => true,
         M::Lldt | M::Ltr | M::Lgdt | M::Lidt | M::Lss | M::Xsetbv | M::In | M::Out | M::Pause | M::Mwait | M::Invpcid => true,
         M::Mov | M::Pop if instr.op0_kind() == OpKind::Register => {
             let r = instr.op0_register();

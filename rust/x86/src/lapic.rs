@@ -104,6 +104,8 @@ pub struct Lapic {
     intr: bool,
     /// Highest requested vector that the priority lets through, [`EXTINT`] for the 8259s'. Derived.
     deliverable: Option<u8>,
+    /// There is a deliverable one; translated code looks at this.
+    pub(crate) waits: bool,
 }
 
 fn highest(words: &[u32; 8]) -> Option<u8> {
@@ -150,6 +152,7 @@ impl Lapic {
             tsc_deadline: 0,
             intr: false,
             deliverable: None,
+            waits: false,
         };
         lapic.clear_registers();
         lapic
@@ -243,11 +246,12 @@ impl Lapic {
 
     /// Recomputes what may be delivered. After every change of IRR, ISR, TPR, LINT0, and of the mode.
     pub fn update(&mut self) {
-        if self.intr && self.takes_extint() {
-            self.deliverable = Some(EXTINT);
-            return;
-        }
-        self.deliverable = highest(&self.irr).filter(|&v| u32::from(v) >> 4 > self.ppr() >> 4);
+        self.deliverable = if self.intr && self.takes_extint() {
+            Some(EXTINT)
+        } else {
+            highest(&self.irr).filter(|&v| u32::from(v) >> 4 > self.ppr() >> 4)
+        };
+        self.waits = self.deliverable.is_some();
     }
 
     /// Whether LINT0 passes on what the 8259s ask for, whatever the priorities (SDM vol. 3, 11.5.1). A disabled LAPIC's pin is the

@@ -99,6 +99,10 @@ impl Core {
     #[inline]
     fn step_or_run(&mut self, cache: &mut Cache) -> End {
         let stepping = self.cpu.flags & flags::TF != 0;
+        if !self.breakpoints.active {
+            // RF lasts for one instruction, and without breakpoints nothing shows it: there is no need to execute that one by itself.
+            self.cpu.flags &= !flags::RF;
+        }
         if !stepping
             && self.cpu.flags & flags::RF == 0
             && self.cpu.shadow == 0

@@ -4,7 +4,7 @@
 mod flat;
 
 use flat::{A, CODE, D, DATA, Machine, P, PT, STACK, U, W};
-use x86::state::{RAX, RBX, RCX, RDI, RSI, flags};
+use x86::state::{RAX, RBX, RCX, RDI, RDX, RSI, flags};
 
 /// `mov ecx, 1000; l: add rax, rcx; xor rbx, rax; dec ecx; jnz l; hlt`
 const LOOP: &[u8] = &[0xb9, 0xe8, 3, 0, 0, 0x48, 1, 0xc8, 0x48, 0x31, 0xc3, 0xff, 0xc9, 0x75, 0xf6, 0xf4];
@@ -475,4 +475,20 @@ fn a_fault_in_a_fused_comparison_is_at_the_comparison() {
     m.entry(PT + 8 * (DATA >> 12), 0);
     let caught = m.run().unwrap();
     assert_eq!((caught.vector, caught.rip), (14, CODE));
+}
+
+#[test]
+fn second_bytes_of_registers() {
+    // mov eax, 0x12345678; mov ecx, 0xff01; add ah, ch; setc dl; xchg bh, ah; movzx esi, bh; not bh; movsx edi, bh
+    let mut code = vec![0xb8, 0x78, 0x56, 0x34, 0x12, 0xb9, 1, 0xff, 0, 0, 0, 0xec, 0x0f, 0x92, 0xc2, 0x86, 0xfc];
+    code.extend([0x0f, 0xb6, 0xf7, 0xf6, 0xd7, 0x0f, 0xbe, 0xff]);
+    // mov dh, 0x81; shl dh, cl; adc al, dh; test ah, ah; setz ch; hlt
+    code.extend([0xb6, 0x81, 0xd2, 0xe6, 0x10, 0xf0, 0x84, 0xe4, 0x0f, 0x94, 0xc5, 0xf4]);
+    for make in [Machine::new, Machine::translating] {
+        let mut m = make(&code);
+        *m.gpr(RDX) = 0;
+        assert_eq!(m.run(), None);
+        let found = [RAX, RCX, RDX, RBX, RSI, RDI].map(|r| *m.gpr(r));
+        assert_eq!(found, [0x1234_007b, 0x0101, 0x0201, 0xaa00, 0x55, 0xffff_ffaa]);
+    }
 }

@@ -16,12 +16,15 @@ const ENTRY: u64 = 0x4_3000;
 /// Runs the machine that `make` gives on both tiers, in turns of many lengths, until it halts; `check` sees where that led.
 fn both(make: impl Fn() -> Machine, check: impl Fn(&mut Machine)) {
     for turns in [&[1][..], &[2], &[3, 5], &[7, 1, 64], &[1000, 13], &[100_000]] {
-        let (mut plain, mut fast) = (make(), make());
+        let (mut plain, mut fast) = (Box::new(make()), Box::new(make()));
         plain.cache = x86::cache::Cache::new();
         fast.cache.translate_after(0).expect("this host does not let us translate");
         for n in 0.. {
             let budget = turns[n % turns.len()];
-            let exits = [&mut plain, &mut fast].map(|m| m.core.run(&mut m.cache, budget));
+            let exits = [&mut *plain, &mut *fast].map(|m| {
+                assert!(m.core.shared.control.service().is_none());
+                m.core.run(&mut m.cache, budget)
+            });
             let states = [&plain, &fast].map(|m| {
                 let c = &m.core.cpu;
                 (c.gpr[..16].to_vec(), c.rip, c.rflags(), c.cpl, c.shadow, c.cr3, c.icount)
@@ -82,9 +85,8 @@ fn a_page_that_the_next_address_space_lacks_faults_there() {
 #[test]
 fn code_that_changed_in_another_address_space_is_not_run_any_more() {
     // l: mov cr3, rsi; call rdx; mov cr3, rdi; inc byte [0x41003]; call rdx; dec ecx; jnz l; hlt
-    let code = [
-        0x0f, 0x22, 0xde, 0xff, 0xd2, 0x0f, 0x22, 0xdf, 0xfe, 4, 0x25, 3, 0x10, 4, 0, 0xff, 0xd2, 0xff, 0xc9, 0x75, 0xeb, 0xf4,
-    ];
+    let code =
+        [0x0f, 0x22, 0xde, 0xff, 0xd2, 0x0f, 0x22, 0xdf, 0xfe, 4, 0x25, 3, 0x10, 4, 0, 0xff, 0xd2, 0xff, 0xc9, 0x75, 0xeb, 0xf4];
     let make = || {
         let m = switching(0x4_2000);
         m.write(CODE, &code);
@@ -162,8 +164,8 @@ fn interrupted() -> Machine {
     let mut m = Machine::new(&code);
     // mov r13, r9; sub r13, r10; add r14, r13; inc r15; mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr; iretq
     let routine = [
-        0x4d, 0x89, 0xcd, 0x4d, 0x29, 0xd5, 0x4d, 1, 0xee, 0x49, 0xff, 0xc7, 0xb9, 0xb, 8, 0, 0, 0x31, 0xc0, 0x31, 0xd2, 0x0f, 0x30,
-        0x48, 0xcf,
+        0x4d, 0x89, 0xcd, 0x4d, 0x29, 0xd5, 0x4d, 1, 0xee, 0x49, 0xff, 0xc7, 0xb9, 0xb, 8, 0, 0, 0x31, 0xc0, 0x31, 0xd2, 0x0f,
+        0x30, 0x48, 0xcf,
     ];
     m.write(ENTRY, &routine);
     let gate = 0x6000 + 16 * 0x40;
@@ -180,4 +182,55 @@ fn interrupts_come_at_the_same_instruction() {
         // Two a round; the one after STI comes when exactly one more instruction is done.
         assert_eq!((r9, r10, r15, r14), (40, 40, 80, 40));
     });
+}
+
+#[test]
+fn flags_go_to_the_stack_and_come_back() {
+    // l: add eax, edx; pushfq; pop rsi; xor rdi, rsi; rol rdi, 7
+    let mut code = vec![1, 0xd0, 0x9c, 0x5e, 0x48, 0x31, 0xf7, 0x48, 0xc1, 0xc7, 7];
+    // push r8; and qword [rsp], all but TF; popfq; pushfq; pop rsi; xor rdi, rsi; rol r8, 5; add r8, 51
+    code.extend([0x41, 0x50, 0x48, 0x81, 0x24, 0x24, 0xd5, 0x7e, 0x24, 0, 0x9d, 0x9c, 0x5e, 0x48, 0x31, 0xf7]);
+    code.extend([0x49, 0xc1, 0xc0, 5, 0x49, 0x83, 0xc0, 51]);
+    // clc; std; adc r9, 0; cmp r9, rdi; cld; adc r9, 1; dec ecx; jnz l; hlt
+    code.extend([0xf8, 0xfd, 0x49, 0x83, 0xd1, 0, 0x49, 0x39, 0xf9, 0xfc, 0x49, 0x83, 0xd1, 1, 0xff, 0xc9, 0x75]);
+    code.push((-(code.len() as i8 + 1)) as u8);
+    code.push(0xf4);
+    let make = || {
+        let mut m = Machine::new(&code);
+        (*m.gpr(RAX), *m.gpr(RDX), *m.gpr(RCX)) = (0x1234_5678, 0x9e37_79b1, 300);
+        m.core.cpu.gpr[8] = 0xfedc_ba98_7654_3210;
+        m
+    };
+    both(make, |m| assert_eq!(*m.gpr(RCX), 0));
+}
+
+#[test]
+fn a_trap_flag_from_the_stack_traps() {
+    // l: dec ecx; pushfq; cmp ecx, 3; jne on; or byte [rsp + 1], 1; on: popfq; jmp l
+    let code = [0xff, 0xc9, 0x9c, 0x83, 0xf9, 3, 0x75, 5, 0x80, 0x4c, 0x24, 1, 1, 0x9d, 0xeb, 0xf0];
+    let make = || {
+        let mut m = Machine::new(&code);
+        *m.gpr(RCX) = 40;
+        m
+    };
+    // #DB after the jump that follows POPF.
+    both(make, |m| assert_eq!((*m.gpr(RCX), m.read(m.core.cpu.gpr[4]), m.core.cpu.rip & 0xff0), (3, CODE, 0x010)));
+}
+
+#[test]
+fn sixteen_bytes_are_compared_and_exchanged() {
+    // l: cmpxchg16b [rdi]; setz r9b; adc r10, r9; add rbx, 3; dec r8; jnz l; hlt
+    let code = [
+        0x48, 0x0f, 0xc7, 0x0f, 0x41, 0x0f, 0x94, 0xc1, 0x4d, 0x11, 0xca, 0x48, 0x83, 0xc3, 3, 0x49, 0xff, 0xc8, 0x75, 0xec, 0xf4,
+    ];
+    let make = |at: u64| {
+        let mut m = Machine::new(&code);
+        (*m.gpr(RDI), *m.gpr(RBX), *m.gpr(RCX)) = (at, 7, u64::MAX);
+        m.core.cpu.gpr[8] = 50;
+        m.write(flat::DATA, &[0x11; 32]);
+        m
+    };
+    both(|| make(flat::DATA), |m| assert_eq!((m.core.cpu.gpr[10], m.core.cpu.gpr[8]), (25, 0)));
+    // #GP where it is not aligned.
+    both(|| make(flat::DATA + 8), |m| assert_eq!((m.core.cpu.gpr[8], m.core.cpu.rip & 0xff0), (50, 0x0d0)));
 }

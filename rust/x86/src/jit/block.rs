@@ -256,6 +256,11 @@ impl<'a> Translator<'a> {
         &self.unit.insns[self.index]
     }
 
+    /// The instruction is the block's last.
+    pub fn is_last(&self) -> bool {
+        self.index + 1 == self.unit.insns.len()
+    }
+
     pub fn needed_after(&self) -> bool {
         self.need[self.index + 1]
     }

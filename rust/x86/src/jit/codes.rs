@@ -3,8 +3,8 @@
 
 use crate::tlb;
 
-/// Entries of each half.
-pub const ENTRIES: usize = 2048;
+/// Entries of each half. A core holds them itself, and stacks hold cores: hence not twice as many.
+pub const ENTRIES: usize = 4096;
 const ALL: usize = 2 * ENTRIES;
 
 #[derive(Debug, Clone, Copy)]
@@ -23,9 +23,9 @@ pub struct Codes {
     used_global: Vec<u16>,
 }
 
-/// An address whose own entry is another one.
+/// An address whose own entry is another one: below 4096 an address is its own index.
 const fn never(index: usize) -> u64 {
-    ((index & (ENTRIES - 1)) ^ 1) as u64
+    ((index & (ENTRIES - 1) & 0xfff) ^ 1) as u64
 }
 
 static NONE: [Entry; ALL] = {
@@ -131,6 +131,22 @@ impl Places {
         let place = &mut self.0[Self::index(phys)];
         if place.key == Self::key(phys, half) {
             place.key = u64::MAX;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_entry_is_no_address_that_looks_there() {
+        for half in [0, tlb::USER] {
+            for index in 0..ENTRIES {
+                let entry = if half == 0 { index } else { index + ENTRIES };
+                assert_ne!(Codes::index(never(entry), half), entry);
+                assert_eq!(NONE[entry].linear, never(entry));
+            }
         }
     }
 }

@@ -94,6 +94,9 @@ pub fn template(t: &mut Translator<'_>, ins: &Instruction) -> Result {
     let Some(shape) = shape(ins) else {
         return match ins.mnemonic() {
             N::Push | N::Pop | N::Leave => super::transfer::stack(t, ins),
+            N::Cli | N::Sti | N::Cld | N::Std | N::Pushfq | N::Popfq | N::Swapgs | N::Cmpxchg16b => {
+                super::system::template(t, ins)
+            }
             _ => super::vector::template(t, ins).or_else(|Unsupported| super::x87::template(t, ins)),
         };
     };
@@ -198,6 +201,9 @@ fn extend(t: &mut Translator<'_>, ins: &Instruction) -> Result {
 
 /// General form: rename, re-encode.
 fn rename(t: &mut Translator<'_>, ins: &Instruction, access: Option<Access>, shape: Shape) -> Result {
+    if (0..ins.op_count()).any(|n| is_high(ins.op_register(n))) {
+        return high_bytes(t, ins, access, shape);
+    }
     let mut host = *ins;
     explicit(&mut host);
     let wants_flags = shape.reads || shape.writes == Writes::Some && t.needed_after();
@@ -243,6 +249,54 @@ fn rename(t: &mut Translator<'_>, ins: &Instruction, access: Option<Access>, sha
     match shape.writes {
         Writes::None => {}
         _ => t.flags = Flags::Host,
+    }
+    Ok(())
+}
+
+fn is_high(register: Register) -> bool {
+    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+/// AH is worked on in the host's AH; the others are where they are in the guest, and are out of reach for instructions with a REX prefix.
+fn high_bytes(t: &mut Translator<'_>, ins: &Instruction, access: Option<Access>, shape: Shape) -> Result {
+    const A: u8 = 8;
+    debug_assert_eq!([frame::MAP[0], frame::MAP[1], frame::MAP[2], frame::MAP[3]], [Some(A), Some(1), Some(2), Some(3)]);
+    if access.is_some() {
+        return Err(Unsupported);
+    }
+    let widens = matches!(ins.mnemonic(), N::Movzx | N::Movsx) && ins.op0_register().size() == 4;
+    if shape.reads || shape.writes == Writes::Some && t.needed_after() {
+        t.host_flags();
+    }
+    let mut host = *ins;
+    let mut changed = false;
+    for n in 0..ins.op_count() {
+        if ins.op_kind(n) != OpKind::Register {
+            continue;
+        }
+        let register = ins.op_register(n);
+        if widens && n == 0 {
+            host.set_op_register(0, Register::EAX);
+        } else if register == Register::AH || register == Register::AL {
+            t.asm.mov(RAX, A);
+            changed |= n < 2 && shape.results[n as usize];
+        } else if !is_high(register) {
+            let to = frame::MAP[guest(register)?].filter(|&to| to < 4).ok_or(Unsupported)?;
+            host.set_op_register(n, sized(to, register));
+        }
+    }
+    encode(t, &mut host)?;
+    if widens {
+        let to = guest(ins.op0_register())?;
+        match frame::MAP[to] {
+            Some(to) => t.asm.rr(false, &[0x8b], to, RAX),
+            None => t.put(to, RAX),
+        }
+    } else if changed {
+        t.asm.mov(A, RAX);
+    }
+    if shape.writes != Writes::None {
+        t.flags = Flags::Host;
     }
     Ok(())
 }

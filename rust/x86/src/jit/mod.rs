@@ -13,6 +13,7 @@ mod muldiv;
 mod onward;
 mod operand;
 mod region;
+mod system;
 mod transfer;
 mod vector;
 mod x87;

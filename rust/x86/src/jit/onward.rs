@@ -4,7 +4,7 @@
 //! Whatever the loop would do something about (an event, a request, written code, a trap flag, the end of the budget) is left to it;
 //! what is done here is what it does when there is nothing of that kind.
 
-use super::frame::{PAGE, STEP, TARGET};
+use super::frame::{BUDGET, PAGE, STEP, TARGET};
 use crate::core::Core;
 use crate::mmu::{Kind, Rights};
 use crate::run::End;
@@ -23,6 +23,8 @@ impl Core {
         }
         let Some(code) = self.code_at_rip() else { return STEP };
         self.ended = None;
+        // As the loop, which knows that nothing shows it.
+        self.cpu.flags &= !flags::RF;
         // The word with the flags is right already; where the instruction has no business with flags, only that word is.
         let eager = self.x87_after == 0;
         self.begin_translated(eager);
@@ -32,6 +34,10 @@ impl Core {
     /// After a jump to the address in word [`TARGET`]: the code to go on with, or 0. The x87 registers are saved and stay the guest's: who
     /// called loads them again, or they are taken over on the way out.
     pub(super) fn jump(&mut self) -> u64 {
+        if self.cpu.gpr[BUDGET] == 0 {
+            // Nothing is fetched there yet.
+            return 0;
+        }
         let floating = self.suspend_floating();
         self.cpu.rip = self.cpu.gpr[TARGET];
         let Some(code) = self.code_at_rip() else { return 0 };
@@ -50,7 +56,7 @@ impl Core {
             && !self.event_pending()
             && self.cpu.activity == Activity::Running
             && !self.yielded
-            && self.cpu.flags & (flags::TF | flags::RF) == 0
+            && self.cpu.flags & flags::TF == 0
             && self.cpu.shadow == 0
             && !self.breakpoints.active
             && self.breakpoints.hit == 0

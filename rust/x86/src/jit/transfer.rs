@@ -13,7 +13,7 @@ use super::integer::place;
 use super::operand::{self, guest};
 use crate::state::{RBP as GUEST_RBP, RSP};
 
-const SP: u8 = 9;
+pub const SP: u8 = 9;
 const BP: u8 = 10;
 
 /// `Some(Ok(()))` or an error for instructions of this family that end a block; pushes and pops are among the `None`s with a template.
@@ -46,12 +46,12 @@ pub fn stack(t: &mut Translator<'_>, ins: &Instruction) -> Result {
 }
 
 /// R11 + RAX = host address of the eight bytes below the stack's top.
-fn below_top(t: &mut Translator<'_>) {
+pub fn below_top(t: &mut Translator<'_>) {
     t.asm.lea(RAX, Mem::at(SP, -8));
     t.translate(8, true);
 }
 
-fn move_top(t: &mut Translator<'_>, by: i32) {
+pub fn move_top(t: &mut Translator<'_>, by: i32) {
     t.asm.lea(SP, Mem::at(SP, by));
 }
 
@@ -99,12 +99,14 @@ fn pop(t: &mut Translator<'_>, ins: &Instruction) -> Result {
         return Err(Unsupported);
     }
     let number = guest(ins.op0_register())?;
-    if number == RSP {
-        return Err(Unsupported);
-    }
     t.spoil_flags();
     t.asm.mov(RAX, SP);
     t.translate(8, false);
+    if number == RSP {
+        // What was popped is the new top.
+        t.asm.load(SP, Mem::indexed(R11, RAX, 0));
+        return Ok(());
+    }
     match frame::MAP[number] {
         Some(host) => t.asm.load(host, Mem::indexed(R11, RAX, 0)),
         None => {
