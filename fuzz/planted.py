@@ -77,7 +77,12 @@ def look(program: Path, number: int, seconds: int, seed: int) -> str | None:
     began = monotonic()
     command = [program, "--seconds", str(seconds), "--examples", "1", "--seed", str(seed)]
     environment = os.environ | {"PLANTED": str(number)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=seconds + 30
+        )
+    except subprocess.TimeoutExpired:
+        return "does not end"
     if done.returncode == 0:
         return None
     case = re.search(r"seed \d+ case (\d+)", done.stdout)

@@ -12,6 +12,14 @@ fn both_tiers_agree() {
     assert!(summary.translated > summary.cases && summary.early < summary.cases / 20, "{}", summary.text(options.seed));
 }
 
+/// The room for translated code and decoded blocks ends, and everything begins anew in the middle of a program.
+#[test]
+fn both_tiers_agree_when_there_is_no_room() {
+    let options = Options { seed: 2029, cases: 4000, keep: true, ..Options::default() };
+    let summary = campaign::run(&options, |report| eprintln!("{report}"));
+    assert!(summary.differing == 0 && summary.refills > 0, "{}", summary.text(options.seed));
+}
+
 /// Turns are the host's choice as well: one tier with turns of different lengths.
 #[test]
 fn turns_do_not_matter() {

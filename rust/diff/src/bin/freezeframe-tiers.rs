@@ -10,7 +10,8 @@ mod command {
     use diff::tiers::campaign::{self, Options};
     use diff::tiers::corpus;
 
-    const USAGE: &str = "usage: freezeframe-tiers [--seed S] [--first K] [--cases N | --seconds T] [--examples N] [--threshold N]
+    const USAGE: &str =
+        "usage: freezeframe-tiers [--seed S] [--first K] [--cases N | --seconds T] [--examples N] [--threshold N] [--keep]
                          [--corpus FILE | --decoder]";
 
     enum What {
@@ -26,6 +27,10 @@ mod command {
         while let Some(arg) = args.next() {
             if arg == "--decoder" {
                 what = What::Decoder;
+                continue;
+            }
+            if arg == "--keep" {
+                options.keep = true;
                 continue;
             }
             let value = args.next().ok_or(USAGE)?;

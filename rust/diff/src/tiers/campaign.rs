@@ -19,11 +19,14 @@ pub struct Options {
     pub examples: usize,
     /// Executions before a translation, for all cases.
     pub threshold: Option<u8>,
+    /// Blocks are kept from case to case, so that there comes a time when there is no room for more. What a case does then depends
+    /// on those before it.
+    pub keep: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 1, first: 0, cases: 10_000, until: None, examples: 3, threshold: None }
+        Self { seed: 1, first: 0, cases: 10_000, until: None, examples: 3, threshold: None, keep: false }
     }
 }
 
@@ -36,6 +39,8 @@ pub struct Summary {
     pub storms: u64,
     pub stale: u64,
     pub differing: u64,
+    /// How often the translator began anew because it was full.
+    pub refills: u64,
     pub tally: [u64; 5],
 }
 
@@ -43,8 +48,8 @@ impl Summary {
     pub fn text(&self, seed: u64) -> String {
         let [exceptions, calls, interrupts, changes, excursions] = self.tally;
         format!(
-            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated; {exceptions} exceptions, {calls} system calls, {interrupts} interrupts, {changes} changes of page tables, {excursions} excursions from long mode; {} cases ended early, {} in endless faults, {} differ after changing page tables without a flush; {} differ",
-            self.cases, self.instructions, self.translated, self.early, self.storms, self.stale, self.differing
+            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated (full {} times); {exceptions} exceptions, {calls} system calls, {interrupts} interrupts, {changes} changes of page tables, {excursions} excursions from long mode; {} cases ended early, {} in endless faults, {} differ after changing page tables without a flush; {} differ",
+            self.cases, self.instructions, self.translated, self.refills, self.early, self.storms, self.stale, self.differing
         )
     }
 }
@@ -61,7 +66,13 @@ pub fn run_corpus(options: &Options, blocks: &[Block], tell: impl Fn(&str)) -> S
 }
 
 fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<Case>) -> Summary {
-    let mut pair = Pair::new();
+    let new = || {
+        let mut pair = Pair::new();
+        (pair.interpreter.keep, pair.translator.keep) = (options.keep, options.keep);
+        pair
+    };
+    let mut pair = new();
+    let mut translated = 0;
     let mut summary = Summary::default();
     for number in options.first..options.first.saturating_add(options.cases) {
         if number % 16 == 0 && options.until.is_some_and(|t| Instant::now() >= t) {
@@ -73,17 +84,23 @@ fn run_all(options: &Options, tell: impl Fn(&str), make: impl Fn(u64) -> Option<
         let outcome = catch_unwind(AssertUnwindSafe(|| pair.run(&case, u64::MAX)));
         summary.cases += 1;
         summary.instructions += pair.interpreter.executed();
-        summary.translated += pair.translator.cache.translations() as u64;
+        let now = pair.translator.cache.translations() as u64;
+        summary.refills += u64::from(options.keep && now < translated);
+        summary.translated += if options.keep && now >= translated { now - translated } else { now };
+        translated = now;
         summary.early += pair.early - before.0;
         summary.storms += pair.storms - before.1;
         summary.stale += pair.stale - before.2;
         match outcome {
             Ok(Ok(())) => continue,
+            Ok(Err((count, text))) if options.keep => {
+                tell(&format!("seed {} case {number} differs after {count} instructions at most:\n{text}", options.seed));
+            }
             Ok(Err(_)) => tell(&shrink::report(&mut pair, &case, options.seed)),
             Err(_) => {
                 tell(&format!("seed {} case {number}: panic\n{}", options.seed, case.listing()));
                 let tally = pair.tally;
-                pair = Pair::new();
+                pair = new();
                 pair.tally = tally;
             }
         }

@@ -40,6 +40,8 @@ pub struct Case {
     pub changes: Vec<Change>,
     /// The device sends interrupts.
     pub interrupts: bool,
+    /// Time is the count of instructions.
+    pub counted: bool,
     pub slices: [Slices; 2],
     /// Executions after which a block is translated.
     pub threshold: u8,
@@ -99,7 +101,9 @@ impl Case {
         });
         let threshold = rng.pick(&[0, 0, 1, 16]);
         let interrupts = rng.chance(if frame.focus == Focus::Interrupts { 80 } else { 20 });
-        Self { number, frame, ram, cpus, items, turns, changes, interrupts, slices, threshold, rng: rng.clone() }
+        // vCPUs would have to share the count.
+        let counted = frame.vcpus == 1 && rng.chance(20);
+        Self { number, frame, ram, cpus, items, turns, changes, interrupts, counted, slices, threshold, rng: rng.clone() }
     }
 
     pub fn listing(&self) -> String {
@@ -181,8 +185,9 @@ impl Pair {
         let mut rng = case.rng.clone();
         let rngs = [rng.bits(), rng.bits()].map(|seed| Rng::new(seed, 0));
         let [a, b] = rngs;
-        self.interpreter.reset(&case.ram, &case.cpus, case.interrupts, case.slices[0], a);
-        self.translator.reset(&case.ram, &case.cpus, case.interrupts, case.slices[1], b);
+        let how = (case.interrupts, case.counted);
+        self.interpreter.reset(&case.ram, &case.cpus, how, case.slices[0], a);
+        self.translator.reset(&case.ram, &case.cpus, how, case.slices[1], b);
         let mut done = 0;
         for (n, turn) in case.turns.iter().enumerate() {
             let length = turn.length.min(most - done);

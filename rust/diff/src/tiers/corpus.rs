@@ -85,6 +85,7 @@ pub fn case(seed: u64, number: u64, block: &Block) -> Option<Case> {
         turns,
         changes,
         interrupts: false,
+        counted: false,
         slices,
         threshold,
         rng: rng.clone(),

@@ -45,8 +45,14 @@ impl Author<'_> {
 
     fn paging(&mut self) {
         match self.rng.below(10) {
-            0..=4 => self.gate(GATE_CHANGE),
-            5 => self.gate(GATE_SWITCH),
+            0..=4 => {
+                self.gate(GATE_CHANGE);
+                self.indirect_on();
+            }
+            5 => {
+                self.gate(GATE_SWITCH);
+                self.indirect_on();
+            }
             6 if self.frame.cpl == 0 => {
                 // mov cr3, rax
                 let root = self.rng.pick(&ROOTS);
@@ -76,6 +82,13 @@ impl Author<'_> {
                 let store = if self.rng.chance(50) { 0x89 } else { 0x8b };
                 self.emit(&[store, r as u8], None);
             }
+        }
+    }
+
+    /// Perhaps an indirect jump to the next instruction: call +0; pop rax; add rax, 7; jmp rax.
+    fn indirect_on(&mut self) {
+        if self.rng.chance(60) {
+            self.emit(&[0xe8, 0, 0, 0, 0, 0x58, 0x48, 0x83, 0xc0, 7, 0xff, 0xe0], None);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use memory::{GuestMemory, RegionLayout};
-use vcpu::{Bus, Clock, Control, Space};
+use vcpu::{Bus, Clock, ClockState, Control, Space};
 use x86::apics::{FIXED, Message, NMI};
 use x86::cache::Cache;
 use x86::core::{Core, Shared};
@@ -12,6 +12,9 @@ use x86::state::{Activity, Cpu};
 
 use super::world::{DEVICE_GPA, Probe, RAM};
 use crate::rng::Rng;
+
+/// Where a clock that counts begins.
+const TIME: ClockState = ClockState { tsc_khz: 2_100_000, tsc: 1_234_567, boot_ns: 1_000_000, wall_ns: 1 << 60, host_wall_ns: 0 };
 
 /// Why a machine stopped before its count of instructions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub struct Side {
     pub cache: Cache,
     /// The machine's vCPUs.
     pub cores: Vec<Core>,
+    /// Blocks stay where they are from case to case, dead, until there is no room for more.
+    pub keep: bool,
     slices: Slices,
     rng: Rng,
 }
@@ -54,15 +59,19 @@ impl Side {
         // Never resumed: time stands still.
         let clock = Arc::new(Clock::new(1_000_000, 0));
         let (slices, rng) = (Slices::Whole, Rng::new(0, 0));
-        Self { memory, probe, bus, control, clock, cache: Cache::new(), cores: Vec::new(), slices, rng }
+        Self { memory, probe, bus, control, clock, cache: Cache::new(), cores: Vec::new(), keep: false, slices, rng }
     }
 
-    /// A new machine in all that matters. `interrupts`: its device sends some.
-    pub fn reset(&mut self, ram: &[u8], cpus: &[Cpu], interrupts: bool, slices: Slices, rng: Rng) {
-        self.cache.clear(&self.memory);
+    /// A new machine in all that matters. `interrupts`: its device sends some. `counted`: its time is the count of instructions (of one
+    /// vCPU), else it stands still.
+    pub fn reset(&mut self, ram: &[u8], cpus: &[Cpu], (interrupts, counted): (bool, bool), slices: Slices, rng: Rng) {
+        if !self.keep {
+            self.cache.clear(&self.memory);
+        }
         self.memory.write(0, ram).expect("inside guest memory");
         let (memory, bus) = (self.memory.clone(), self.bus.clone());
-        let shared = Shared::new(memory, bus, self.clock.clone(), self.control.clone(), cpus.len(), 40, None);
+        let clock = if counted { Arc::new(Clock::counted(TIME)) } else { self.clock.clone() };
+        let shared = Shared::new(memory, bus, clock, self.control.clone(), cpus.len(), 40, None);
         let shared = Arc::new(shared);
         self.probe.reset(interrupts.then(|| shared.apics.clone()));
         self.cores.clear();
