@@ -1,10 +1,11 @@
 //! The CPU profile `portable`: what every guest is shown, whatever the host. It is baked into each snapshot, so a bit may be
 //! claimed only when everything behind it is implemented.
 //!
-//! Vendor AMD (no page table isolation, no MDS buffers to clear, safe SYSRET), family 17h model 31h, x86-64-v2.
+//! Vendor AMD (no page table isolation, no MDS buffers to clear, safe SYSRET), family 17h model 2Fh, x86-64-v2.
 
-/// Family 17h, model 31h, stepping 0.
-pub const SIGNATURE: u32 = 0x0083_0f10;
+/// Family 17h, model 2Fh, stepping 0: no processor that exists. Programs made of several versions for processors that they know
+/// (GCC's `target_clones("arch=znver2")`) look at family and model only, and a known model of this family means AVX2 to them.
+pub const SIGNATURE: u32 = 0x0082_0ff0;
 pub const VENDOR: &[u8; 12] = b"AuthenticAMD";
 pub const BRAND: &str = "AMD EPYC (freezeframe portable x86-64-v2)";
 pub const MICROCODE: u64 = 0x0830_1077;
@@ -207,6 +208,17 @@ pub const EFER_ALLOWED: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// GCC's rule for `__builtin_cpu_is` in family 17h: models up to 1Fh are "znver1", those from 30h on "znver2", and between them
+    /// CLWB (leaf 7 EBX 24) or CLZERO (8000_0008 EBX 0) decide.
+    #[test]
+    fn the_processor_is_none_that_has_avx2_by_its_name() {
+        let family = (SIGNATURE >> 8 & 0xf) + (SIGNATURE >> 20 & 0xff);
+        let model = SIGNATURE >> 4 & 0xf | SIGNATURE >> 12 & 0xf0;
+        assert_eq!(family, 0x17);
+        assert!((0x20..=0x2f).contains(&model), "{model:#x}");
+        assert_eq!((word(Word::Leaf7Ebx) >> 24 & 1, word(Word::Ext8Ebx) & 1), (0, 0));
+    }
 
     #[test]
     fn switches() {
