@@ -105,9 +105,13 @@ impl Side {
         let core = &mut self.cores[vcpu];
         let end = core.cpu.icount + count;
         let mut stuck = 0;
-        while core.cpu.icount < end {
+        loop {
+            // Why a run came back is the host's business: whether the vCPU waits is the guest's.
             if core.cpu.activity != Activity::Running && !core.event_pending() {
                 return Some(Early::Halted);
+            }
+            if core.cpu.icount >= end {
+                return None;
             }
             let before = core.cpu.icount;
             let slice = match self.slices {
@@ -115,22 +119,20 @@ impl Side {
                 Slices::UpTo(n) => 1 + self.rng.below(n),
             };
             match core.run(&mut self.cache, slice.min(end - before)) {
-                RunExit::Budget | RunExit::Pause => {}
+                RunExit::Budget | RunExit::Pause | RunExit::Halted => {}
                 RunExit::Events => {
                     if let Some(stop) = self.control.service() {
                         return Some(Early::Failed(format!("{stop:?}")));
                     }
-                    stuck = if core.cpu.icount == before { stuck + 1 } else { 0 };
-                    if stuck > 4 {
-                        return Some(Early::Storm);
-                    }
                 }
-                RunExit::Halted => return Some(Early::Halted),
                 RunExit::TripleFault => return Some(Early::TripleFault),
                 RunExit::Failed(error) => return Some(Early::Failed(format!("{}: {}", error.code, error.message))),
             }
+            stuck = if core.cpu.icount == before { stuck + 1 } else { 0 };
+            if stuck > 50 {
+                return Some(Early::Storm);
+            }
         }
-        None
     }
 
     pub fn ram(&self, into: &mut [u8]) {
