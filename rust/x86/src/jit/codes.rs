@@ -3,8 +3,8 @@
 
 use crate::tlb;
 
-/// Entries of each half. A core holds them itself, and stacks hold cores: hence not twice as many.
-pub const ENTRIES: usize = 4096;
+/// Entries of each half.
+pub const ENTRIES: usize = 8192;
 const ALL: usize = 2 * ENTRIES;
 
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +18,8 @@ struct Entry {
 /// `code` was made of.
 #[repr(C)]
 pub struct Codes {
-    entries: [Entry; ALL],
+    /// First, and on the heap: translated code begins with this word.
+    entries: Box<[Entry; ALL]>,
     used: Vec<u16>,
     used_global: Vec<u16>,
 }
@@ -40,7 +41,7 @@ static NONE: [Entry; ALL] = {
 
 impl Default for Codes {
     fn default() -> Self {
-        Self { entries: NONE, used: Vec::new(), used_global: Vec::new() }
+        Self { entries: Box::new(NONE), used: Vec::new(), used_global: Vec::new() }
     }
 }
 

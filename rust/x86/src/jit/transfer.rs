@@ -158,17 +158,19 @@ fn select(t: &mut Translator<'_>) {
     t.asm.bytes(&[0x41, 0xc1, 0xeb, 12, 0x41, 0x31, 0xc3, 0x41, 0x81, 0xe3]);
     t.asm.imm32(ENTRIES as u32 - 1);
     t.asm.bytes(&[0x41, 0xc1, 0xe3, 4]);
+    t.asm.rm(true, &[0x03], R11, Mem::at(RBP, frame::codes()));
 }
 
 /// As `select`; the jump whose distance stands at the result is taken when the entry is another address's.
 fn probe(t: &mut Translator<'_>) -> usize {
     select(t);
-    t.asm.rm(true, &[0x3b], RAX, Mem::indexed(RBP, R11, entries(t)));
+    t.asm.rm(true, &[0x3b], RAX, entry(t, 0));
     t.asm.jcc_forward(5)
 }
 
-fn entries(t: &Translator<'_>) -> i32 {
-    frame::codes() + codes::half(t.unit.half) as i32
+/// A field of the entry that R11 points at; the running code's half follows from the block.
+fn entry(t: &Translator<'_>, field: i32) -> Mem {
+    Mem::at(R11, codes::half(t.unit.half) as i32 + field)
 }
 
 /// Goes to the entry at R11, whose address RAX holds.
@@ -177,7 +179,7 @@ fn go(t: &mut Translator<'_>) {
     t.asm.bytes(&[0x48, 0x25]);
     t.asm.imm32(0xffff_f000);
     t.asm.store(word(PAGE), RAX);
-    t.asm.rm(false, &[0xff], 4, Mem::indexed(RBP, R11, entries(t) + 8));
+    t.asm.rm(false, &[0xff], 4, entry(t, 8));
 }
 
 /// Where a direct branch goes, from the start of the page.
