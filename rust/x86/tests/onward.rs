@@ -4,9 +4,9 @@
 
 mod flat;
 
-use flat::{CODE, Machine, P, PT, U, W};
+use flat::{CODE, Machine, P, PT, STACK, U, W};
 use x86::run::RunExit;
-use x86::state::{RAX, RBX, RCX, RDI, RDX, RSI};
+use x86::state::{RAX, RBX, RCX, RDI, RDX, RSI, flags};
 
 /// Where the second address space has its tables, and the pages that the tests put code into.
 const SPACE: u64 = 0x5_0000;
@@ -233,4 +233,24 @@ fn sixteen_bytes_are_compared_and_exchanged() {
     both(|| make(flat::DATA), |m| assert_eq!((m.core.cpu.gpr[10], m.core.cpu.gpr[8]), (25, 0)));
     // #GP where it is not aligned.
     both(|| make(flat::DATA + 8), |m| assert_eq!((m.core.cpu.gpr[8], m.core.cpu.rip & 0xff0), (50, 0x0d0)));
+}
+
+/// POPF that clears TF while it is stepped: a block of one instruction is translated even then.
+#[test]
+fn popf_ends_single_stepping() {
+    let mut m = Machine::translating(&[]);
+    let (at, stack) = (CODE + 0xfff, STACK - 8);
+    m.write(at, &[0x9d, 0x90, 0xf4]);
+    m.write(stack, &2u64.to_le_bytes());
+    for flags in [2, 2 | flags::TF] {
+        // The first time is for the TLB.
+        m.steps(u64::from(flags != 2));
+        m.core.cpu.gpr[x86::state::RSP] = stack;
+        m.core.cpu.rip = at;
+        m.core.cpu.set_rflags(flags);
+    }
+    let caught = m.run().expect("the trap after POPF");
+    assert_eq!((caught.vector, caught.rip), (1, at + 1));
+    let frame = m.core.cpu.gpr[x86::state::RSP];
+    assert_eq!(m.read(frame + 16) & flags::TF, 0, "what was popped is without it");
 }

@@ -131,7 +131,7 @@ fn popf(t: &mut Translator<'_>) -> Result {
     // and eax, FREE
     t.asm.bytes(&[0x25]);
     t.asm.imm32(FREE as u32);
-    change_flags(t, 4, !(FREE | flags::RF));
+    change_flags(t, 4, !(FREE | flags::RF | flags::TF));
     t.asm.rm(false, &[0x09], RAX, system_flags());
     transfer::move_top(t, 8);
     Ok(())
