@@ -36,7 +36,7 @@ const fn never(index: usize) -> u64 {
 pub struct Tlb {
     /// Inside the core: translated code reaches them by a fixed displacement.
     entries: [Entry; ALL],
-    /// Entries that may be valid and are not global; others are only in `used_global`.
+    /// All entries that are valid and not global stand here, in `used_global` all others that are; both may name more, and twice.
     used: Vec<u16>,
     used_global: Vec<u16>,
     /// Page numbers that instructions were fetched from since it was last cleared.
@@ -130,10 +130,12 @@ impl Tlb {
         }
         let index = Self::index(linear, half);
         let page = linear & !(PAGE_SIZE - 1);
+        let old = &self.entries[index];
+        let listed = old.tag_r != never(index) && (old.phys ^ bits) & GLOBAL == 0;
         let list = if bits & GLOBAL != 0 { &mut self.used_global } else { &mut self.used };
         if list.len() == ALL {
             self.drop_all();
-        } else {
+        } else if !listed {
             list.push(index as u16);
         }
         let e = &mut self.entries[index];
@@ -196,15 +198,26 @@ impl Tlb {
         for (size, shift) in SIZES {
             if self.large.has(region(linear, shift)) {
                 fetched |= self.large_code.has(region(linear, shift));
-                for &i in self.used.iter().chain(&self.used_global) {
-                    let e = &self.entries[usize::from(i) & (ALL - 1)];
-                    if e.phys & size != 0 && (e.tag_r ^ linear) >> shift == 0 {
-                        Self::clear(&mut self.entries, i);
-                    }
-                }
+                self.drop_large(linear, size, shift);
             }
         }
         fetched
+    }
+
+    /// Drops the pieces of a large page. The lists lose what is no longer valid: a page that is dropped and filled again and again
+    /// would stand in them each time, and each time all of it be looked through.
+    fn drop_large(&mut self, linear: u64, size: u64, shift: u32) {
+        let Self { entries, used, used_global, .. } = self;
+        for list in [used, used_global] {
+            list.retain(|&i| {
+                let index = usize::from(i) & (ALL - 1);
+                let e = &entries[index];
+                if e.phys & size != 0 && (e.tag_r ^ linear) >> shift == 0 {
+                    Self::clear(entries, i);
+                }
+                entries[index].tag_r != never(index)
+            });
+        }
     }
 
     /// Takes write access to a physical page away, whatever it is mapped at.
@@ -239,5 +252,49 @@ impl Tlb {
 
     pub fn clear_fetched(&mut self) {
         self.fetched.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINEAR: u64 = 0x1234_0000_0000;
+
+    fn has(tlb: &Tlb, linear: u64) -> bool {
+        tlb.entry(Tlb::index(linear, 0)).tag_r == linear
+    }
+
+    #[test]
+    fn a_large_page_goes_as_a_whole_and_nothing_else() {
+        let mut tlb = Tlb::default();
+        let kept =
+            [(LINEAR + 0x40_2000, LARGE), (LINEAR + 0x80_4000, LARGE | GLOBAL), (LINEAR + 0x3000, 0), (LINEAR + 0x5000, GLOBAL)];
+        let lost = [(LINEAR, LARGE), (LINEAR + 0x6000, LARGE | GLOBAL), (LINEAR + 0x1f_f000, LARGE)];
+        for (linear, bits) in kept.into_iter().chain(lost) {
+            tlb.fill(linear, 0, 0, 0, bits, false);
+        }
+        tlb.drop_page(LINEAR + 0x7_7000);
+        assert!(kept.iter().all(|&(linear, _)| has(&tlb, linear)));
+        assert!(lost.iter().all(|&(linear, _)| !has(&tlb, linear)));
+        // What stayed is still known to the flushes.
+        tlb.flush();
+        assert_eq!(kept.map(|(linear, _)| has(&tlb, linear)), [false, true, false, true]);
+        tlb.flush_all();
+        assert!(!kept.iter().any(|&(linear, _)| has(&tlb, linear)));
+    }
+
+    #[test]
+    fn a_page_that_is_dropped_and_filled_again_stands_once_in_the_lists() {
+        let mut tlb = Tlb::default();
+        for bits in [LARGE, LARGE | GLOBAL, HUGE] {
+            for _ in 0..100 {
+                tlb.fill(LINEAR, 0, 0, 0, bits, false);
+                tlb.fill(LINEAR, 0, 0, 0, bits, true);
+                tlb.drop_page(LINEAR);
+                assert!(!has(&tlb, LINEAR));
+            }
+        }
+        assert!(tlb.used.len() + tlb.used_global.len() <= 1);
     }
 }
