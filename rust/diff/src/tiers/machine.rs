@@ -57,7 +57,8 @@ impl Side {
         bus.insert(Space::Mmio, DEVICE_GPA, 0x1000, probe.clone()).expect("the only device");
         let control = Arc::new(Control::default());
         // Never resumed: time stands still.
-        let clock = Arc::new(Clock::new(1_000_000, 0));
+        // A fixed time for all machines: guests find it by kvm-clock.
+        let clock = Arc::new(Clock::from_state(ClockState { tsc_khz: 1_000_000, ..TIME }, 0));
         let (slices, rng) = (Slices::Whole, Rng::new(0, 0));
         Self { memory, probe, bus, control, clock, cache: Cache::new(), cores: Vec::new(), keep: false, slices, rng }
     }
@@ -104,15 +105,17 @@ impl Side {
     pub fn run(&mut self, vcpu: usize, count: u64) -> Option<Early> {
         let core = &mut self.cores[vcpu];
         let end = core.cpu.icount + count;
-        let mut stuck = 0;
+        let (mut stuck, mut unsettled) = (0, false);
         loop {
             // Why a run came back is the host's business: whether the vCPU waits is the guest's.
             if core.cpu.activity != Activity::Running && !core.event_pending() {
                 return Some(Early::Halted);
             }
-            if core.cpu.icount >= end {
+            if core.cpu.icount >= end && !unsettled {
                 return None;
             }
+            // Called back for something, it has not looked yet whether an interrupt can be taken: every turn ends with that.
+            unsettled = false;
             let before = core.cpu.icount;
             let slice = match self.slices {
                 Slices::Whole => u64::MAX,
@@ -121,6 +124,7 @@ impl Side {
             match core.run(&mut self.cache, slice.min(end - before)) {
                 RunExit::Budget | RunExit::Pause | RunExit::Halted => {}
                 RunExit::Events => {
+                    unsettled = true;
                     if let Some(stop) = self.control.service() {
                         return Some(Early::Failed(format!("{stop:?}")));
                     }

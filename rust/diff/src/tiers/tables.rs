@@ -163,6 +163,14 @@ fn upper(ram: &[u8], rng: &mut Rng) -> Change {
     Change { entries: [(PD[0] + at, value), (PD[1] + at, value)], linear: everywhere(LARGE + rng.below(0x20_0000)), flush }
 }
 
+/// Whether only the accessed and dirty bits of an entry differ, given a byte's place and what differs in it.
+pub fn accessed_or_dirty(at: usize, differs: u8) -> bool {
+    let table = at as u64 & !0xfff;
+    at % 8 == 0
+        && u64::from(differs) & !(A | D) == 0
+        && [ROOTS, PDPT, PD, PT, PDPT_LAST].into_iter().flatten().any(|t| t == table)
+}
+
 /// Whether tables hold what neither was there before nor came with a flush. Accessed and dirty bits do not count.
 pub fn spoiled(before: &[u8], now: &[u8], changes: &[Change]) -> bool {
     let bare = |entry: u64| entry & !(A | D);
