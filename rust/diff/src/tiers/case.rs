@@ -195,7 +195,16 @@ impl Pair {
             let (a, b) = (self.interpreter.run(turn.vcpu, length), self.translator.run(turn.vcpu, length));
             if a == Some(Early::Storm) || b == Some(Early::Storm) {
                 self.storms += 1;
-                return if a == b { Ok(()) } else { Err((done, format!("ended by {a:?}, {b:?}"))) };
+                if a == b {
+                    return Ok(());
+                }
+                self.interpreter.ram(&mut self.ram[0]);
+                self.translator.ram(&mut self.ram[1]);
+                if self.spoiled(case) {
+                    self.stale += 1;
+                    return Ok(());
+                }
+                return Err((done, format!("ended by {a:?}, {b:?}")));
             }
             let over = a.as_ref().is_some_and(|a| *a != Early::Halted);
             let last = over || done == most || n + 1 == case.turns.len();
@@ -204,7 +213,7 @@ impl Pair {
                 lines.push(format!("ended by {a:?}, {b:?}"));
             }
             self.compare(turn.vcpu, (last, case.frame.global), &mut lines);
-            if !lines.is_empty() && self.ram.iter().any(|ram| tables::spoiled(&case.ram, ram, &case.changes)) {
+            if !lines.is_empty() && self.spoiled(case) {
                 self.stale += 1;
                 return Ok(());
             }
@@ -233,6 +242,11 @@ impl Pair {
             }
         }
         Ok(())
+    }
+
+    /// Whether page tables were changed without a flush, so that translations may differ.
+    fn spoiled(&self, case: &Case) -> bool {
+        self.ram.iter().any(|ram| tables::spoiled(&case.ram, ram, &case.changes))
     }
 
     /// What differs of a vCPU that has just run; memory only when it matters, for it takes longest. `global`: under the second root the
