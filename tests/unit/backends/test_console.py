@@ -243,6 +243,9 @@ while True:
 PARENT = """
 import fcntl, os, signal, subprocess, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+# Whoever runs the tests may ignore them (nohup, a background job), and children inherit that.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 child = subprocess.Popen(sys.argv[1:], process_group=0)
 os.tcsetpgrp(0, child.pid)
