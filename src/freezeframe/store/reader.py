@@ -243,10 +243,15 @@ def _open_regular(dir_fd: int, name: str, path: str, opening: tuple[str, ...]) -
         fd = os.open(name, _OPEN, dir_fd=dir_fd)
     except OSError as error:
         raise _not_opened(path, error).chained(*opening, os_error_text(error)) from error
-    found = os.fstat(fd)
-    if not S_ISREG(found.st_mode):
+    try:
+        found = os.fstat(fd)
+        if not S_ISREG(found.st_mode):
+            raise Damaged(f"{path} is not a regular file", file=path, hint=_LOST).chained(*opening)
+    except BaseException as error:
         os.close(fd)
-        raise Damaged(f"{path} is not a regular file", file=path, hint=_LOST).chained(*opening)
+        if isinstance(error, OSError):
+            raise _not_opened(path, error).chained(*opening, os_error_text(error)) from error
+        raise
     return fd, found.st_size
 
 

@@ -25,7 +25,7 @@ impl Core {
         self.ended = None;
         // As the loop, which knows that nothing shows it.
         self.cpu.flags &= !flags::RF;
-        // The word with the flags is right already; where the instruction has no business with flags, only that word is.
+        // The word with the flags is not made anew: after an instruction that has no business with flags, the lazy form is old.
         let eager = self.x87_after == 0;
         self.begin_translated(eager);
         code
