@@ -48,7 +48,7 @@ impl Summary {
     pub fn text(&self, seed: u64) -> String {
         let [exceptions, calls, interrupts, changes, excursions] = self.tally;
         format!(
-            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated (full {} times); {exceptions} exceptions, {calls} system calls, {interrupts} interrupts, {changes} changes of page tables, {excursions} excursions from long mode; {} cases ended early, {} in endless faults, {} differ after changing page tables without a flush; {} differ",
+            "seed {seed}: {} cases, {} instructions on each tier, {} blocks translated (full {} times); {exceptions} exceptions, {calls} system calls, {interrupts} interrupts, {changes} changes of page tables, {excursions} excursions from long mode; {} cases ended early, {} in endless faults, {} differ by translations without a flush; {} differ",
             self.cases, self.instructions, self.translated, self.refills, self.early, self.storms, self.stale, self.differing
         )
     }

@@ -7,6 +7,7 @@ use x86::state::Cpu;
 use super::machine::{Early, Side, Slices};
 use super::program::{Author, Item, Pools};
 use super::routines::{self, FIRST_INTERRUPT};
+use super::stale;
 use super::tables::{self, Change};
 use super::world::{self, CODE, Focus, Frame};
 use crate::forms;
@@ -52,12 +53,13 @@ pub struct Case {
 pub struct Pair {
     pub interpreter: Side,
     pub translator: Side,
+    /// An interpreter to look again at a case that differs.
+    replay: Side,
     ram: [Vec<u8>; 2],
     /// Cases that ended before all their instructions, and those of them without a comparison.
     pub early: u64,
     pub storms: u64,
-    /// Cases that differ after the guest has changed its page tables without a flush: how long an old translation lives is nobody's
-    /// promise.
+    /// Cases that differ and may: see [`stale`].
     pub stale: u64,
     /// Sums of [`routines::tally`], of cases with a comparison at the end.
     pub tally: [u64; 5],
@@ -176,7 +178,16 @@ fn vector(rng: &mut Rng) -> u8 {
 impl Pair {
     pub fn new() -> Self {
         let ram = [vec![0; world::RAM], vec![0; world::RAM]];
-        Self { interpreter: Side::new(), translator: Side::new(), ram, early: 0, storms: 0, stale: 0, tally: [0; 5] }
+        Self {
+            interpreter: Side::new(),
+            translator: Side::new(),
+            replay: Side::new(),
+            ram,
+            early: 0,
+            storms: 0,
+            stale: 0,
+            tally: [0; 5],
+        }
     }
 
     /// Runs the case up to `most` instructions; what differs, and after how many at most.
@@ -200,7 +211,7 @@ impl Pair {
                 }
                 self.interpreter.ram(&mut self.ram[0]);
                 self.translator.ram(&mut self.ram[1]);
-                if self.spoiled(case) {
+                if self.stale(case, done) {
                     self.stale += 1;
                     return Ok(());
                 }
@@ -213,7 +224,7 @@ impl Pair {
                 lines.push(format!("ended by {a:?}, {b:?}"));
             }
             self.compare(turn.vcpu, (last, case.frame.global), &mut lines);
-            if !lines.is_empty() && self.spoiled(case) {
+            if !lines.is_empty() && self.stale(case, done) {
                 self.stale += 1;
                 return Ok(());
             }
@@ -233,20 +244,17 @@ impl Pair {
                 break;
             }
             for side in [&self.interpreter, &self.translator] {
-                for (at, bytes) in &turn.writes {
-                    side.memory.write(*at, bytes).expect("inside guest memory");
-                }
-                for &(vcpu, vector) in &turn.interrupts {
-                    side.interrupt(vcpu, vector);
-                }
+                side.outside(turn);
             }
         }
         Ok(())
     }
 
-    /// Whether page tables were changed without a flush, so that translations may differ.
-    fn spoiled(&self, case: &Case) -> bool {
-        self.ram.iter().any(|ram| tables::spoiled(&case.ram, ram, &case.changes))
+    /// Whether old translations may be why the tiers differ after `done` instructions.
+    fn stale(&mut self, case: &Case, done: u64) -> bool {
+        let sides = [&self.interpreter, &self.translator];
+        let now = self.ram.iter().zip(sides).any(|(ram, side)| stale::now(case, ram, &side.cores));
+        now || stale::ever(case, &mut self.replay, done)
     }
 
     /// What differs of a vCPU that has just run; memory only when it matters, for it takes longest. `global`: under the second root the

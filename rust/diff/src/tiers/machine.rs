@@ -10,6 +10,7 @@ use x86::core::{Core, Shared};
 use x86::run::RunExit;
 use x86::state::{Activity, Cpu};
 
+use super::case::Turn;
 use super::world::{DEVICE_GPA, Probe, RAM};
 use crate::rng::Rng;
 
@@ -95,8 +96,18 @@ impl Side {
         self.cores.iter().map(|core| core.cpu.icount).sum()
     }
 
+    /// What comes from outside after a turn.
+    pub fn outside(&self, turn: &Turn) {
+        for (at, bytes) in &turn.writes {
+            self.memory.write(*at, bytes).expect("inside guest memory");
+        }
+        for &(vcpu, vector) in &turn.interrupts {
+            self.interrupt(vcpu, vector);
+        }
+    }
+
     /// Posts an interrupt, or an NMI for vector 2.
-    pub fn interrupt(&self, vcpu: usize, vector: u8) {
+    fn interrupt(&self, vcpu: usize, vector: u8) {
         let mode = if vector == 2 { NMI } else { FIXED };
         self.cores[vcpu].shared.apics.send_self(vcpu, Message { vector, mode, level: false });
     }

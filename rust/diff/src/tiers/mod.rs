@@ -2,8 +2,8 @@
 //! same number of instructions everything must be equal.
 //!
 //! [`corpus`] takes a real guest's blocks instead, [`bytes`] is for the decoder alone. [`world`] is the machine with its [`tables`] and
-//! [`routines`], [`program`] and [`gadgets`] write code for it, [`machine`] runs a tier, [`case`] makes and compares, [`shrink`] finds the
-//! first instruction that differs and leaves out the rest.
+//! [`routines`], [`program`] and [`gadgets`] write code for it, [`machine`] runs a tier, [`case`] makes and compares, [`stale`] knows
+//! when they may differ, [`shrink`] finds the first instruction that differs and leaves out the rest.
 
 pub mod bytes;
 pub mod campaign;
@@ -14,5 +14,6 @@ pub mod machine;
 pub mod program;
 pub mod routines;
 pub mod shrink;
+pub mod stale;
 pub mod tables;
 pub mod world;
