@@ -166,7 +166,7 @@ def _chosen(words: Sequence[str]) -> list[Program]:
     unknown = set(words) - {p.name for p in PROGRAMS} - set(GROUPS)
     if unknown:
         raise SystemExit(f"bench: no program or group {', '.join(sorted(unknown))}")
-    return [p for p in PROGRAMS if p.name in words or p.group in words or not words and p.group != "parallel"]
+    return [p for p in PROGRAMS if p.name in words or p.group in words or (not words and p.group != "parallel")]
 
 
 def main() -> None:

@@ -17,7 +17,16 @@ import freezeframe as ff
 from freezeframe import _core
 from freezeframe.cli.freezeframe import main
 from freezeframe.cli.prove_cmd import report
-from freezeframe.errors import Damaged, Incompatible, InvalidState, IoFailed, NotFound, NotSupported, Refused
+from freezeframe.errors import (
+    Damaged,
+    EngineError,
+    Incompatible,
+    InvalidState,
+    IoFailed,
+    NotFound,
+    NotSupported,
+    Refused,
+)
 from freezeframe.machine import build_for_boot, build_repeatable
 from freezeframe.proof import Input, Side, compare, prove, read_inputs, replay, write_inputs
 from freezeframe.store import write_snapshot
@@ -29,8 +38,8 @@ pytestmark = pytest.mark.guest
 BOTH = ("interpreter", "translator")
 
 
-def frozen(tmp_path, image, cpus=1, *, until=None, disk=None):
-    """A snapshot of a guest that has printed `until`, or that has not begun."""
+def frozen(tmp_path, image, cpus=1, *, until=None, disk=None, code=None):
+    """A snapshot of a guest that has printed `until`, or that has not begun (with `code` in place of its own)."""
     directory = tmp_path / "snapshot"
     directory.mkdir()
     with build_for_boot(configured(tmp_path, image, cpus, disk=disk), capture=MIB, engine="software") as machine:
@@ -38,10 +47,13 @@ def frozen(tmp_path, image, cpus=1, *, until=None, disk=None):
             machine.resume()
             serial(machine).expect(until, 60)
             machine.pause()
+        state = machine.save()
+        if code is not None:
+            machine.memory.write(state["vcpus"][0]["regs"]["rip"], code)
         write_snapshot(
             str(directory),
             config=machine.config.to_plain(),
-            state=machine.save(),
+            state=state,
             memory=machine.memory,
             engine=machine.engine.name,
         )
@@ -205,6 +217,56 @@ def test_one_wrong_bit_is_found_at_its_instruction(tmp_path, at):
     (found,) = proof.parting.differences
     assert (found.where, found.first, found.second) == ("memory 0x3000000", "00", "01")
     assert proof.parting.block[-1].number == at
+
+
+LEAVES_RAM = bytes.fromhex(
+    "803d00000003 00"  # waits: cmp byte [0x3000000], 0
+    "74 f7"  # je waits
+    "b8 000000d0"  # mov eax, 0xd0000000: where no RAM is
+    "ff e0"  # jmp eax
+)
+
+
+def test_an_engine_that_cannot_go_on_differs_from_one_that_can(tmp_path):
+    snapshot = frozen(tmp_path, guests.tick(size=0x1000), code=LEAVES_RAM)
+    bad = ("translator", 0, (20_001, 0x300_0000))
+    for sides in ((Side("interpreter"), Side(*bad)), (Side(*bad), Side("interpreter"))):
+        proof = prove(snapshot, 1_000_000, sides=sides)
+        assert not proof.same
+        # The byte is what differs first, right where it was flipped.
+        assert proof.parting.at == 20_002
+        assert proof.parting.block[-1].number == 20_001
+
+    # What the engine cannot do on either side is no difference.
+    with pytest.raises(EngineError, match="no RAM") as caught:
+        prove(snapshot, 1_000_000, sides=(Side("interpreter", 0, (20_001, 0x300_0000)), Side(*bad)))
+    assert re.search(r"interpreter, after 2000\d instructions", caught.value.hint)
+
+
+def test_the_end_of_an_engine_is_among_the_differences(tmp_path, monkeypatch):
+    """A translator that would refuse what the interpreter does."""
+    snapshot = frozen(tmp_path, guests.tick(size=0x4000))
+
+    def make(*args, tier, **options):
+        made = replay(*args, tier=tier, **options)
+        run_to = made.run_to
+
+        def refusing(count):
+            run_to(min(count, 5000))
+            if count > 5000:
+                raise EngineError("this instruction is not supported")
+
+        if tier == "translator":
+            made.run_to = refusing
+        return made
+
+    monkeypatch.setattr(compare, "replay", make)
+    proof = prove(snapshot, 100_000)
+    assert proof.parting.at == 5001
+    shown = {d.where: (d.first, d.second) for d in proof.parting.differences}
+    assert shown["instructions"] == ("5001", "5000")
+    assert shown["error"] == ("", "this instruction is not supported")
+    assert proof.parting.block[-1].number == 5000
 
 
 def test_where_the_wall_clock_stands_follows_from_the_seed(tmp_path):

@@ -119,20 +119,31 @@ class Proof:
 
 
 class Run:
-    """One side's machine, and the seconds of CPU time that it took."""
+    """One side's machine, the seconds of CPU time that it took, and why its engine cannot go on (`failed`)."""
 
     def __init__(self, made: Replay, side: Side) -> None:
         self.replay = made
         self.side = side
         self.seconds = 0.0
+        self.failed: EngineError | None = None
+
+    @property
+    def over(self) -> bool:
+        """It will not come further."""
+        return self.failed is not None or self.replay.ended is not None
 
     def run_to(self, count: int) -> None:
+        """As far as it gets."""
+        if self.failed is not None:
+            return
         began = time.thread_time()
         try:
             if self.side.disturb is not None and self.replay.instructions <= self.side.disturb[0] < count:
                 self.replay.run_to(self.side.disturb[0])
                 self._disturb(self.side.disturb[1])
             self.replay.run_to(count)
+        except EngineError as error:
+            self.failed = error
         finally:
             self.seconds += time.thread_time() - began
 
@@ -156,7 +167,10 @@ class Pair:
             raise
 
     def run_to(self, count: int) -> None:
-        """Both, each on a thread of its own; raises what one of them raised, the first one's error first."""
+        """Both, each on a thread of its own; raises what one of them raised, the first one's error first.
+
+        An `EngineError` that only one of them meets is a difference; one that both meet at the same count is raised.
+        """
         errors: list[BaseException | None] = [None, None]
 
         def work(n: int) -> None:
@@ -179,16 +193,20 @@ class Pair:
             for thread in threads:
                 thread.join()
             raise
-        for run, error in zip(self.runs, errors, strict=True):
+        for error in errors:
             if error is not None:
-                if isinstance(error, EngineError):
-                    error.hint = f"the {run.side.tier}, after {run.replay.instructions} instructions"
                 raise error
+        first, second = self.runs
+        counts = [run.replay.instructions for run in self.runs]
+        if first.failed is not None and second.failed is not None and counts[0] == counts[1]:
+            first.failed.hint = f"the {first.side.tier}, after {counts[0]} instructions; the other run as well"
+            raise first.failed
 
     def same(self, *, afresh: bool = False) -> Digests | None:
         """The digests of both; None when they differ. `afresh`: see `Replay.digests`."""
         a, b = (run.replay for run in self.runs)
-        if (a.instructions, a.ended) != (b.instructions, b.ended):
+        failed = any(run.failed is not None for run in self.runs)
+        if failed or (a.instructions, a.ended) != (b.instructions, b.ended):
             # Of each, for whoever asks where they differ.
             a.digests(), b.digests()
             return None
@@ -222,7 +240,8 @@ def prove(
     compared at the start, `every` so many instructions and at the end; when they differ, runs from the snapshot find
     the first block after which they do. `sides`: other runs to compare.
 
-    Raises what a restore raises; `Damaged` and `EngineError` also from the runs.
+    Raises what a restore raises; from the runs also `Damaged`, and `EngineError` when neither can go on. One engine
+    that cannot where the other can is a difference.
     """
     if instructions < 1:
         raise Refused(f"{instructions} instructions: at least 1")
@@ -259,7 +278,7 @@ def _follow(pair: Pair, counts: Sequence[int], say: Progress) -> tuple[list[Chec
     checkpoints: list[Checkpoint] = []
     for count in counts:
         pair.run_to(count)
-        last = count == counts[-1] or pair.runs[0].replay.ended is not None
+        last = count == counts[-1] or pair.runs[0].over
         digests = pair.same(afresh=last)
         if digests is None:
             return checkpoints, count

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from freezeframe.proof.compare import Pair
+    from freezeframe.proof.compare import Pair, Run
     from freezeframe.proof.run import Replay
 
 # Parts that a wide gap is cut into at once; below NARROW each stop would hide too much of what happens between.
@@ -116,7 +116,7 @@ def find(pairs: Callable[[], Pair], equal: Sequence[int], differs: int, say: Cal
         say(f"between {low} and {high}")
     with _at(pairs, stops, high) as pair:
         pair.same()
-        differences, more = _differences(*(run.replay for run in pair.runs))
+        differences, more = _differences(*pair.runs)
     return Parting(high, _block(pairs, high), differences, more)
 
 
@@ -153,7 +153,7 @@ def _block(pairs: Callable[[], Pair], end: int) -> list[Step]:
     with pair:
         run = pair.runs[0]
         run.run_to(max(0, end - BLOCK_MAX))
-        while run.replay.instructions < end and run.replay.ended is None:
+        while run.replay.instructions < end and not run.over:
             step = _step(run.replay, run.run_to)
             last = steps[-1] if steps else None
             if last is None or step.vcpu != last.vcpu or step.address != last.address + len(last.code):
@@ -175,12 +175,14 @@ def _step(replay: Replay, run_to: Callable[[int], None]) -> Step:
     return Step(number, vcpu, address, code, text)
 
 
-def _differences(first: Replay, second: Replay) -> tuple[list[Difference], int]:
+def _differences(one: Run, other: Run) -> tuple[list[Difference], int]:
+    first, second = one.replay, other.replay
     facts = [
         Difference(name, str(a), str(b))
         for name, a, b in (
             ("instructions", first.instructions, second.instructions),
             ("ended", first.ended, second.ended),
+            ("error", one.failed or "", other.failed or ""),
         )
         if a != b
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -124,6 +125,30 @@ def test_a_file_that_may_not_be_read(whole: Path, name: str) -> None:
     (whole / name).chmod(0)
     with pytest.raises(IoFailed, match="Permission denied"):
         SnapshotReader.open(whole)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_file_whose_size_cannot_be_asked(whole: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    def descriptors() -> set[str]:
+        return set(os.listdir("/proc/self/fd"))
+
+    asked = 0
+    fstat = os.fstat
+
+    def stale(fd: int) -> os.stat_result:
+        nonlocal asked
+        asked += 1
+        if asked == failing:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return fstat(fd)
+
+    before = descriptors()
+    monkeypatch.setattr(os, "fstat", stale)
+    with pytest.raises(IoFailed, match="Stale file handle"):
+        SnapshotReader.open(whole)
+    monkeypatch.undo()
+    assert asked == failing
+    assert descriptors() == before
 
 
 def test_one_memory_file_too_many(whole: Path) -> None:
